@@ -1,0 +1,211 @@
+"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line is a thin layer over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from penjing.checkpoint import Checkpoint, open_checkpoint
+from penjing.errors import PlanError
+from penjing.evaluation.metrics import Quality
+from penjing.evaluation.report import Report
+from penjing.evaluation.size import weight_bytes
+from penjing.evaluation.windows import Protocol
+from penjing.formats import format_of
+from penjing.models import Layout, layout_of
+from penjing.pipeline import job, measure
+from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.text import TextSource
+from penjing.pipeline.verification import Verification
+from penjing.pipeline.verification import verify as _verify
+from penjing.pipeline.walk import Progress
+from penjing.pipeline.weights import Weights
+from penjing.planning import Plan, make_plan
+from penjing.recipe import Recipe, load_recipe
+
+Model = str | Path
+"""`demo`, a model directory, a .gguf file, or a hub id."""
+
+
+def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """No progress is shown unless the caller asks for it."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model is made of, as far as its config and headers tell."""
+
+    label: str
+    format: str
+    bytes: int
+    config: dict[str, Any]
+    layout: Layout
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: totals, the modules, and the facts a recipe relies on."""
+        layout = self.layout
+        return {
+            "model": self.label,
+            "model_type": layout.model_type,
+            "family": layout.family,
+            "format": self.format,
+            "dtype": str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32"),
+            "bytes": self.bytes,
+            "parameters": layout.parameters,
+            "blocks": layout.blocks,
+            "block_path": layout.block_path,
+            "tied": layout.tied,
+            "never": dict(layout.never or {}),
+            "groups": [asdict(group) for group in (layout.groups[0] if layout.groups else ())],
+            "modules": [
+                {
+                    "name": module.name,
+                    "kind": module.kind,
+                    "shape": list(module.shape) if "weight" in module.tensors else None,
+                    "parameters": module.parameters,
+                }
+                for module in layout.modules
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured model: the numbers, the protocol they were measured under, and the model's size."""
+
+    model: str
+    against: str | None
+    bytes: int
+    parameters: int
+    quality: Quality
+    protocol: Protocol
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "against": self.against,
+            "bytes": self.bytes,
+            "bits_per_weight": 8 * self.bytes / self.parameters,
+            **asdict(self.quality),
+            "protocol": asdict(self.protocol) | {"sentence": self.protocol.sentence()},
+        }
+
+
+def inspect(model: Model, *, trust_remote_code: bool = False) -> Inspection:
+    """What is in a model; reads headers, no weights. Raises CheckpointError."""
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    specs = checkpoint.specs()
+    layout = layout_of(checkpoint.config, specs or None, trust_remote_code=trust_remote_code)
+    size = sum(spec.nbytes for spec in specs.values())
+    return Inspection(checkpoint.label, format_of(checkpoint.config).name, size, checkpoint.config, layout)
+
+
+def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_remote_code: bool = False) -> Plan:
+    """What a recipe would do to a model. `model` may be a directory with nothing but a config.json.
+
+    Raises RecipeError, CheckpointError or PlanError, whichever names the first problem.
+    """
+    chosen = load_recipe(recipe)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    layout = layout_of(checkpoint.config, checkpoint.specs() or None, trust_remote_code=trust_remote_code)
+    return make_plan(checkpoint, layout, chosen)
+
+
+def compress(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    output: str | Path,
+    *,
+    progress: Progress = _silent,
+    evaluated: bool = True,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Apply a recipe, write the result to `output`, read it back, measure it against the dense model.
+
+    Interrupted, the same call goes on where it stopped and ends with the same bytes. `evaluated=False` leaves the
+    evaluation out (the result is still verified). Raises a PenjingError naming what is wrong.
+    """
+    made = job.prepare(
+        model, load_recipe(recipe), Path(output), measured=evaluated, trust_remote_code=trust_remote_code
+    )
+    return job.run(made, progress)
+
+
+def verify(directory: str | Path, *, progress: Progress = _silent, trust_remote_code: bool = False) -> Verification:
+    """Load what `compress` wrote as a user would and compare its logits with those it had in memory.
+
+    Raises VerificationError naming what differs.
+    """
+    progress("verify", 0, 1, str(directory))
+    result = _verify(Path(directory), engine=True, trust_remote_code=trust_remote_code)
+    progress("verify", 1, 1, str(directory))
+    return result
+
+
+def evaluate(
+    model: Model,
+    *,
+    against: Model | None = None,
+    data: str = "builtin",
+    windows: int | None = 8,
+    length: int = 2048,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of a model and, `against` another, KL divergence and top-1 agreement on the same tokens."""
+    models = [model] if against is None else [against, model]
+    results = compare(
+        models, data=data, windows=windows, length=length, progress=progress, trust_remote_code=trust_remote_code
+    )
+    return results[-1]
+
+
+def compare(
+    models: Sequence[Model],
+    *,
+    data: str = "builtin",
+    windows: int | None = 8,
+    length: int = 2048,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> list[Evaluation]:
+    """Measure several models on the same text; the first is the reference the others are compared with.
+
+    Raises PlanError when vocabularies differ: their logits cannot be compared.
+    """
+    checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
+    text = TextSource(checkpoints[0]).evaluation(data, windows, length)
+    reference = None
+    results = []
+    for checkpoint in checkpoints:
+        layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+        _require_same_vocabulary(checkpoint, layout, reference)
+        stream = StreamedModel(
+            checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code
+        )
+        stage = f"evaluate {checkpoint.label}"
+        candidate = measure.run(
+            stream,
+            text.tokens,
+            lambda index, stage=stage, blocks=layout.blocks: progress(stage, index + 1, blocks, ""),
+        )
+        quality = measure.compare(candidate, text.tokens, reference).result()
+        against = None if reference is None else checkpoints[0].label
+        size = weight_bytes(checkpoint.path)
+        results.append(Evaluation(checkpoint.label, against, size, layout.parameters, quality, text.protocol))
+        reference = reference or candidate
+    return results
+
+
+def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: measure.Candidate | None) -> None:
+    if reference is None:
+        return
+    expected, found = (each.embedding.shape[0] for each in (reference.stream.layout, layout))
+    if expected != found:
+        raise PlanError(
+            f"{checkpoint.label} has a vocabulary of {found} tokens and the reference one of {expected}; "
+            "their predictions cannot be compared token by token"
+        )

@@ -1,0 +1,84 @@
+"""A report on a terminal. Takes the plain data of `Report.as_dict()`, which is also what `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from penjing.evaluation.report import Report
+from penjing.evaluation.size import readable_bytes
+
+
+def _plain(report: Report | Mapping[str, Any]) -> Mapping[str, Any]:
+    return report.as_dict() if isinstance(report, Report) else report
+
+
+def summary_table(report: Report | Mapping[str, Any]) -> Group:
+    """The dense model beside the result: size, perplexity, KL, agreement; under it the protocol and what to know."""
+    data = _plain(report)
+    source = data["source"]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("model", "size", "bits per weight", "perplexity", "KL, nats per token", "same top token"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    quality = data["quality"] or {}
+    dense_bits = f"{8 * source['bytes'] / source['parameters']:.2f}"
+    dense_perplexity = _number(quality.get("reference_perplexity"))
+    table.add_row(f"{escape(source['label'])} (dense)", readable_bytes(source["bytes"]), dense_bits, dense_perplexity)
+    steps = " + ".join(step["method"] for step in data["recipe"].get("steps", ()))
+    kl, top1 = quality.get("kl"), quality.get("top1")
+    table.add_row(
+        escape(steps),
+        readable_bytes(data["bytes"]),
+        f"{data['bits_per_weight']:.2f}",
+        _number(quality.get("perplexity")),
+        "" if kl is None else f"{kl:.4f} ± {quality['kl_error']:.4f}",
+        "" if top1 is None else f"{top1:.1%}",
+    )
+    return Group(table, "", *_remarks(data))
+
+
+def _remarks(data: Mapping[str, Any]) -> list[str]:
+    protocol = escape(data["protocol"]["sentence"]) if data["protocol"] else "not measured"
+    lines = [f"[dim]{protocol}[/]"]
+    surplus = data["bytes"] - data["predicted_bytes"]
+    lines.append(f"predicted {readable_bytes(data['predicted_bytes'])}, written {surplus:+,} bytes from that")
+    if data["verification"]:
+        checked = data["verification"]
+        difference = checked.get("difference", 0.0)
+        lines.append(f"verified: loaded back ({checked.get('how', '')}), logits differ by {difference:.1e}")
+    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in data["seconds"].items())
+    if data["peak_memory"] is not None:
+        took += f"{'; ' if took else ''}peak memory {readable_bytes(data['peak_memory'])} above the libraries"
+    lines += [took] if took else []
+    lines += [f"[yellow]{escape(entry['name'])}[/]: {escape(entry['reason'])}" for entry in data["skipped"]]
+    return lines
+
+
+def layers_table(report: Report | Mapping[str, Any]) -> Table:
+    """One line per module that a step touched or that carries a note, the largest error first."""
+    data = _plain(report)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("module", "shape", "steps", "becomes", "bytes", "relative error", "of", "notes"):
+        right = column in ("bytes", "relative error")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == "module")
+    rows = [row for row in data["modules"] if row["steps"] or row["notes"]]
+    for row in sorted(rows, key=lambda row: -(row["error"] or 0.0)):
+        table.add_row(
+            escape(row["name"]),
+            " x ".join(map(str, row["shape"])),
+            " + ".join(row["steps"]),
+            escape(row["scheme"]),
+            readable_bytes(row["bytes"]),
+            "" if row["error"] is None else f"{row['error']:.4f}",
+            row["error_kind"],
+            escape("; ".join(row["notes"])),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,36 @@
+"""How a representation lies on disk. One file or folder per format, all behind `formats.base.Format`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penjing.errors import FormatError
+from penjing.formats.base import Format
+from penjing.formats.compressed_tensors import CompressedTensorsFormat
+from penjing.formats.hf_dense import DenseFormat
+from penjing.formats.native import NativeFormat
+
+FORMATS: dict[str, Format] = {
+    format_.name: format_ for format_ in (DenseFormat(), CompressedTensorsFormat(), NativeFormat())
+}
+"""Every format Penjing can write, by the name a recipe uses."""
+
+__all__ = ["FORMATS", "Format", "format_of"]
+
+
+def format_of(config: dict[str, Any]) -> Format:
+    """The format that a written config.json declares; `dense` when it declares none.
+
+    Raises FormatError for a `quant_method` that Penjing does not read.
+    """
+    declared = config.get("quantization_config")
+    if declared is None:
+        return FORMATS["dense"]
+    method = declared.get("quant_method")
+    name = {"compressed-tensors": "compressed-tensors", "penjing": "native"}.get(method)
+    if name is None:
+        raise FormatError(
+            f"config.json says quant_method {method!r}; penjing reads compressed-tensors and penjing. "
+            "Start from the model that was not quantised"
+        )
+    return FORMATS[name]

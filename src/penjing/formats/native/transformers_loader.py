@@ -1,0 +1,168 @@
+"""`from_pretrained` for the native format: packed parts are decoded while the checkpoint is read.
+
+The loaded model is an ordinary dense model in the dtype that was asked for; where a scheme quantises inputs, the
+module gets a pre-hook that does it at run time.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from penjing.errors import FormatError
+from penjing.formats.native.format import read_schemes
+from penjing.formats.native.layout import PARTS, decoded
+from penjing.numerics.activations import activation_fake_quant
+from penjing.representations import Scheme
+
+NAME = "penjing"
+_SERIALIZED = ["weight", *(f"weight_{part}" for part in PARTS)]
+
+
+class PenjingConfig(QuantizationConfigMixin):
+    """`quantization_config` as written by the native format."""
+
+    def __init__(self, version: int = 0, schemes: list[dict[str, Any]] | None = None, **ignored: Any) -> None:
+        self.quant_method = NAME
+        self.version = version
+        self.schemes = schemes or []
+        self.dequantize = True  # transformers: decode at load time, leave a dense model behind
+
+
+class DecodeParts(ConversionOps):
+    """Packed parts of one module, or of all experts of a block -> dense weights."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # transformers hands tensors over as stored when an operation has this
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
+        """Group what was collected by weight, decode each; names of the result as transformers expects them."""
+        model, name = context["model"], context["full_layer_name"]
+        parameter = model.get_parameter(name)
+        by_weight: dict[str, dict[str, list[Tensor]]] = {}
+        for key, tensors in input_dict.items():
+            before, weight, part = key.rstrip("$").rpartition("weight")
+            by_weight.setdefault(before + weight, {})[part.removeprefix("_")] = (
+                tensors if isinstance(tensors, list) else [tensors]
+            )
+        result = {weight: _decode_all(parts, name, parameter.dtype) for weight, parts in by_weight.items()}
+        if list(result) != ["weight"]:
+            return result
+        value = result["weight"][0]
+        packed = "" not in by_weight["weight"]
+        return {name: value.T.contiguous() if packed and _is_transposed(model, name) else value}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving the loaded model writes it dense."""
+        return _AsIs()
+
+
+class _AsIs(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class PenjingQuantizer(HfQuantizer):
+    """What transformers calls while it loads a native checkpoint."""
+
+    requires_calibration = True
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": _SERIALIZED}
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Decoding happens while loading, before transformers merges experts."""
+        return {"dequantize": DecodeParts}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.schemes: dict[str, Scheme] = read_schemes(vars(self.quantization_config))
+        _check_stored(self.schemes, kwargs.get("checkpoint_files") or [])
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # checkpoints of a base model (GPT-2 on the hub) lack its prefix
+        linears = {
+            name.removeprefix(prefix): module
+            for prefix in (f"{model.base_model_prefix}.", "")
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        for target, scheme in self.schemes.items():
+            if scheme.activations is not None:
+                found = {module for name, module in linears.items() if _matches(target, name)}
+                if not found:
+                    raise FormatError(f"config.json quantises the inputs of {target}, and the model has no such linear")
+                for module in found:
+                    module.register_forward_pre_hook(_QuantiseInput(scheme.activations))
+        return model
+
+    def is_serializable(self) -> bool:
+        """As a dense model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """As any dense model."""
+        return True
+
+
+class _QuantiseInput:
+    """Forward pre-hook: rounds the input of a linear, one scale per token."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (activation_fake_quant(arguments[0], self.bits), *arguments[1:])
+
+
+def register() -> None:
+    """Tell transformers about the format; twice does no harm."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = PenjingConfig
+    AUTO_QUANTIZER_MAPPING[NAME] = PenjingQuantizer
+
+
+def _decode_all(parts: dict[str, list[Tensor]], name: str, dtype: torch.dtype) -> list[Tensor]:
+    if "" in parts:
+        if len(parts) > 1:
+            raise FormatError(f"{name} is stored both plain and packed; the checkpoint is damaged")
+        return [tensor.to(dtype) for tensor in parts[""]]
+    count = len(parts.get("header", []))
+    if any(len(tensors) != count for tensors in parts.values()):
+        raise FormatError(f"{name}: some packed tensors are missing; the checkpoint is incomplete")
+    return [decoded({part: tensors[i] for part, tensors in parts.items()}, name, dtype) for i in range(count)]
+
+
+def _is_transposed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+
+def _matches(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _check_stored(schemes: dict[str, Scheme], files: list[str]) -> None:
+    """config.json and the files must agree on which modules are packed."""
+    packed = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            packed |= {key.removesuffix(".weight_header") for key in file.keys() if key.endswith(".weight_header")}  # noqa: SIM118
+    expected = {target: scheme for target, scheme in schemes.items() if scheme.grid is not None or scheme.sparsity}
+    absent = [target for target in expected if not any(_matches(target, name) for name in packed)]
+    unknown = [name for name in packed if not any(_matches(target, name) for target in expected)]
+    if absent or unknown:
+        raise FormatError(
+            f"config.json and the weights disagree: {', '.join(absent[:4] + sorted(unknown)[:4])} "
+            "listed in one and not in the other; the checkpoint is incomplete"
+        )

@@ -1,0 +1,1 @@
+"""Methods that remove weights or whole blocks. One paper, one file."""

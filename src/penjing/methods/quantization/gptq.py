@@ -1,0 +1,155 @@
+"""GPTQ: round column by column, and let the columns not yet rounded make up for the error.
+
+Minimises the change of the layer's output, ||(W - Q) X||^2 = tr((W - Q) H (W - Q)^T) with H = X X^T, greedily. With U
+upper, H^-1 = U^T U, columns i = 0, 1, ... in the chosen order:
+
+    q_i = round(w_i)        e_i = (w_i - q_i) / U[i, i]        w_j -= e_i U[i, j]   for j > i
+
+The loss is the sum of all |e_i|^2. H is damped by a fraction of its mean diagonal.
+
+Worked example. W = [[0.6, 0.8]], H = [[2, 1], [1, 1]] (undamped), natural order, a grid of whole numbers:
+
+    H^-1 = [[1, -1], [-1, 2]] = U^T U   with   U = [[1, -1], [0, 1]]
+    q_0 = round(0.6) = 1      e_0 = (0.6 - 1) / 1 = -0.4      w_1 = 0.8 - (-0.4)(-1) = 0.4
+    q_1 = round(0.4) = 0      e_1 = (0.4 - 0) / 1 =  0.4      loss = 0.4^2 + 0.4^2 = 0.32
+
+Rounding to nearest gives [[1, 1]] with loss 0.52.
+
+The defaults, most active inputs first and groups fitted beforehand, keep groups contiguous, so that no group index is
+stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the six combinations. `group-activation` also
+keeps groups contiguous when they are fitted during the sweep (the idea of GPTQModel's group-aware reordering).
+
+Differences from the authors' code, on purpose: a scale fitted during the sweep sees the weights as they are when the
+sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
+before codes are computed.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from penjing.methods.base import GridOptions, LinearInput
+from penjing.methods.results import quantized, with_mask
+from penjing.numerics.cholesky import dead_columns, inverse_factor
+from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.sweep import block_bounds, sweep
+from penjing.representations import Masked, Quantized, Scheme
+from penjing.statistics import Gram
+
+Order = Literal["natural", "activation", "group-activation"]
+
+
+class GPTQOptions(GridOptions):
+    """Recipe keys of GPTQ."""
+
+    block_size: int = Field(128, ge=1, description="columns whose updates are batched; changes speed, not the result")
+    damping: float = Field(0.01, ge=0, description="added to the Hessian's diagonal, relative to its mean")
+    order: Order = Field(
+        "activation",
+        description="which inputs are rounded first: as they come, the most active first, or the most active group "
+        "first and inside it the most active first (groups stay contiguous)",
+    )
+    static_groups: bool = Field(
+        True,
+        description="fit all scales before the sweep, on the original weights; if not, when the sweep reaches a group "
+        "(with order `activation` that needs a stored group index)",
+    )
+
+    def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
+        """Adds the grid, and whether groups hold scattered inputs so that a group index must be stored."""
+        scattered = self.order == "activation" and not self.static_groups and isinstance(self.group_size, int)
+        return replace(super().scheme(before, storage_dtype), ordered=scattered)
+
+
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    grid: IntegerGrid,
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+    order: Order = "activation",
+    static_groups: bool = True,
+    kept: Tensor | None = None,
+) -> Quantized | Masked:
+    """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
+
+    Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
+    that were never active get zero weights. With order `activation` and groups fitted during the sweep, the result
+    has a `group_index`. Warns with `DampingWarning` when the Gram matrix needs more damping than asked for.
+    """
+    rows, columns = weight.shape
+    width = grid.columns_per_group(columns)
+    weight = weight.float().masked_fill(dead_columns(gram), 0)
+    visited = visiting_order(gram.diagonal(), width, order)
+    factor, _ = inverse_factor(gram[visited][:, visited], damping)
+    fit_in_sweep = not static_groups and isinstance(grid.group_size, int)
+    scattered = fit_in_sweep and order == "activation"
+    group_of = (torch.arange(columns) if scattered else visited) // width
+    ends = _segment_ends(group_of) if fit_in_sweep else {}
+
+    current = weight[:, visited].T.contiguous()
+    mask = None if kept is None else kept[:, visited].T.contiguous()
+    scale, zero = (part.T.contiguous() for part in grid.fit_rows(weight if kept is None else weight * kept))
+    codes = torch.empty(columns, rows, dtype=torch.int8)
+    groups, places = group_of.tolist(), visited.tolist()
+
+    def round_column(position: int, column: Tensor) -> Tensor:
+        group = groups[position]
+        if position in ends:
+            members = slice(position, ends[position])
+            visible = current[members] if mask is None else current[members] * mask[members]
+            scale[group], zero[group] = grid.fit(visible.T)
+        if mask is not None:
+            column = column * mask[position]
+        code = grid.encode(column, scale[group], zero[group])
+        codes[places[position]] = code
+        return grid.decode(code, scale[group], zero[group])
+
+    sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
+    index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
+    return with_mask(quantized(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid, index), kept)
+
+
+def visiting_order(activity: Tensor, width: int, order: Order) -> Tensor:
+    """The permutation (K,) in which columns are visited, from the `activity` (K,) of each: diag(H)."""
+    columns = torch.arange(len(activity))
+    if order == "natural":
+        return columns
+    by_activity = activity.argsort(descending=True, stable=True)
+    if order == "activation":
+        return by_activity
+    group = columns // width
+    padded = torch.nn.functional.pad(activity, (0, -len(activity) % width), value=-torch.inf)
+    strongest = padded.view(-1, width).amax(1)
+    rank = torch.empty_like(strongest, dtype=torch.long)
+    rank[strongest.argsort(descending=True, stable=True)] = torch.arange(len(strongest))
+    return by_activity[rank[group[by_activity]].argsort(stable=True)]
+
+
+def _segment_ends(group_of: Tensor) -> dict[int, int]:
+    """First position -> one past the last, of every run of columns that share a group."""
+    cuts = [0, *(group_of.diff().nonzero().squeeze(1) + 1).tolist(), len(group_of)]
+    return dict(pairwise(cuts))
+
+
+def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
+    """Quantise one linear, or the stacked rows of several that share their inputs."""
+    return gptq(
+        given.weight,
+        given.statistics[Gram].value,
+        options.grid(given.storage_dtype),
+        block_size=options.block_size,
+        damping=options.damping,
+        order=options.order,
+        static_groups=options.static_groups,
+        kept=given.kept,
+    )

@@ -1,0 +1,44 @@
+"""Round to nearest: every weight goes to the closest point of its group's grid. The baseline of all others.
+
+No calibration, no interaction between weights: for each group fit scale `s` and zero point `z` (see
+`penjing.numerics.grids` for the rules), then
+
+    q = clamp(round(w / s) + z, low, high)        w_hat = s (q - z)        |w - w_hat| <= s / 2 inside the range
+
+Worked example, 3 bits, symmetric, scale rule `narrow` (s = max|w| / 3), one scale per row:
+
+    W = [[0.5, -1.5 ],      s = [0.5, 0.5]      q = [[1, -3],      W_hat = [[0.5, -1.5],
+         [1.5,  0.25]]                               [3,  0]]               [1.5,  0.0]]
+
+(0.25 / 0.5 is a tie and goes to the even code 0.)
+
+Source: folklore; as the baseline of Frantar et al. 2023 (arXiv:2210.17323).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from penjing.methods.base import GridOptions, LinearInput
+from penjing.methods.results import quantized, with_mask
+from penjing.numerics.grids import IntegerGrid
+from penjing.representations import Masked, Quantized
+
+
+def rtn(weight: Tensor, grid: IntegerGrid, *, kept: Tensor | None = None) -> Quantized | Masked:
+    """Round `weight` (N, K), finite, to `grid`; weights outside `kept` (bool (N, K)) become exactly zero.
+
+    Scales are fitted on the surviving weights only. Zero is a point of every grid, so masking loses nothing.
+    """
+    weight = weight.float()
+    if kept is not None:
+        weight = weight * kept
+    scale, zero = grid.fit_rows(weight)
+    columns = weight.shape[1]
+    codes = grid.encode(weight, grid.spread(scale, columns), grid.spread(zero, columns))
+    return with_mask(quantized(codes, scale, zero, grid), kept)
+
+
+def linear(given: LinearInput, options: GridOptions) -> Quantized | Masked:
+    """Round one linear, or the stacked rows of several."""
+    return rtn(given.weight, options.grid(given.storage_dtype), kept=given.kept)

@@ -1,0 +1,1 @@
+"""Number grids and linear algebra shared by the methods. Imports torch only."""

@@ -1,0 +1,122 @@
+"""Integer grids: which real numbers a few bits can say, and how scale and zero point are fitted.
+
+A grid maps a real `w` to a code and back,
+
+    code = clamp(round(w / scale) + zero, low, high)        w_hat = scale * (code - zero)
+
+with signed codes `low = -2**(bits-1)`, `high = 2**(bits-1) - 1` everywhere in Penjing (a format that stores
+unsigned codes adds 2**(bits-1) to code and zero alike). Rounding is to the nearest, ties to even (`torch.round`).
+
+The named rules for the scale of a symmetric grid, with `m = max|w|` of the group:
+
+    full        m / ((2**bits - 1) / 2)        GPTQ, llm-compressor, compressed-tensors
+    narrow      m / (2**(bits-1) - 1)          AWQ, SmoothQuant, TensorRT: the code `low` is never used
+    wide        m / 2**(bits-1)                ZeroQuant (DeepSpeed): +m clips by one step
+    signed-max  w[argmax|w|] / -2**(bits-1)    GGUF Q4_0, ONNX Runtime, AutoRound: the scale may be negative,
+                                               the largest weight is exact
+
+An asymmetric grid spans `[min(w, 0), max(w, 0)]` (zero is always representable, so pruned weights stay zero).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScaleRule = Literal["full", "narrow", "wide", "signed-max"]
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """A uniform grid of 2**bits levels, fitted per group along the last axis.
+
+    `group_size` is the number of consecutive inputs that share a scale; `None` means the whole row
+    (per-channel) and `"tensor"` one scale for the whole matrix. The last group of a row may be shorter.
+    Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are computed, so that
+    what is written decodes to exactly what the method saw.
+    """
+
+    bits: int = 4
+    group_size: int | Literal["tensor"] | None = 128
+    symmetric: bool = True
+    scale_rule: ScaleRule = "full"
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def columns_per_group(self, columns: int) -> int:
+        """Width of a full group in a row of `columns` inputs (the row itself when there are no groups)."""
+        return min(self.group_size, columns) if isinstance(self.group_size, int) else columns
+
+    def groups(self, columns: int) -> int:
+        """Number of scales in a row of `columns` inputs, counting a shorter last group."""
+        return -(-columns // self.columns_per_group(columns))
+
+    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of groups: `weight` (..., n) -> two float tensors (...).
+
+        Works in fp32. A group of zeros gets scale 1 and so stays exactly zero.
+        """
+        weight = weight.float()
+        if self.symmetric:
+            scale = self._symmetric_scale(weight)
+            zero = torch.zeros_like(scale)
+        else:
+            smallest = weight.amin(-1).clamp(max=0)
+            largest = weight.amax(-1).clamp(min=0)
+            scale = self._storable((largest - smallest) / (2**self.bits - 1))
+            zero = (self.low - torch.round(smallest / scale)).clamp(self.low, self.high)
+        return scale, zero
+
+    def _symmetric_scale(self, weight: Tensor) -> Tensor:
+        if self.scale_rule == "signed-max":
+            position = weight.abs().argmax(-1, keepdim=True)
+            return self._storable(weight.gather(-1, position).squeeze(-1) / self.low)
+        divisor = {"full": (2**self.bits - 1) / 2, "narrow": self.high, "wide": -self.low}[self.scale_rule]
+        return self._storable(weight.abs().amax(-1) / divisor)
+
+    def _storable(self, scale: Tensor) -> Tensor:
+        """Round to the storage type; a scale that vanishes there becomes 1 (its group decodes to zero)."""
+        scale = scale.to(self.scale_dtype).float()
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Codes as floats, same shape as `weight`; `scale` and `zero` broadcast against it."""
+        return torch.round(weight / scale).add_(zero).clamp_(self.low, self.high)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Values of `codes` on the grid, in the dtype of `scale`."""
+        return (codes - zero) * scale
+
+    def fit_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of a matrix: `weight` (N, K) -> two fp32 tensors (N, G).
+
+        G is `groups(K)`; a per-tensor grid repeats its one scale in every row, so that N rows can be
+        treated alike.
+        """
+        rows, columns = weight.shape
+        if self.group_size == "tensor":
+            scale, zero = self.fit(weight.reshape(1, -1))
+            return scale.expand(rows).unsqueeze(1).clone(), zero.expand(rows).unsqueeze(1).clone()
+        width = self.columns_per_group(columns)
+        whole = columns // width * width
+        fitted = [self.fit(weight[:, :whole].reshape(rows, -1, width))] if whole else []
+        if whole < columns:
+            fitted.append(tuple(part.unsqueeze(1) for part in self.fit(weight[:, whole:])))
+        scales, zeros = zip(*fitted, strict=True)
+        return torch.cat(scales, 1), torch.cat(zeros, 1)
+
+    def spread(self, per_group: Tensor, columns: int) -> Tensor:
+        """Repeat (N, G) values along the inputs they belong to: -> (N, columns)."""
+        if per_group.shape[1] == 1:
+            return per_group.expand(-1, columns)
+        return per_group.repeat_interleave(self.columns_per_group(columns), 1)[:, :columns]

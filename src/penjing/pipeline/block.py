@@ -1,0 +1,259 @@
+"""Compressing the modules of one decoder block: statistics, then the recipe's steps in order, then the errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from penjing.errors import CalibrationError, VerificationError
+from penjing.methods.base import BlockInput, Call, LinearInput
+from penjing.models import find
+from penjing.models.layout import InputGroup, ModuleSpec
+from penjing.pipeline.fold import fold, foldable
+from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
+from penjing.planning import Plan, PlanRow
+from penjing.recipe import Step
+from penjing.representations import Dense, Masked, Representation
+from penjing.statistics import Gram, Statistics, StatisticType
+
+
+@dataclass
+class ModuleResult:
+    """What became of one module.
+
+    packed      its tensors as they go into the file, by full name
+    error       ||(W - W')X|| / ||WX|| over the calibration inputs ("output"), or ||W - W'|| / ||W|| ("weight"), where
+                W' is what the packed tensors decode to
+    tokens      calibration tokens it saw
+    notes       what the report must say: damping raised, no token seen
+    """
+
+    module: ModuleSpec
+    packed: dict[str, Tensor]
+    error: float | None = None
+    error_kind: str = ""
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class BlockTensors(MutableMapping[str, Tensor]):
+    """Parameters of one block in fp32 by name inside the block, linears as (out, in); read from disk when asked for.
+
+    Only tensors that a step has changed are kept in memory.
+    """
+
+    def __init__(self, load: Callable[[str], Tensor], modules: Sequence[ModuleSpec], prefix: str) -> None:
+        self._load = load
+        self._source = {
+            name.removeprefix(prefix): (name, module.transposed and key == "weight")
+            for module in modules
+            for key, name in zip(module.tensors, module.tensor_names(), strict=True)
+        }
+        self.changed: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.changed:
+            return self.changed[name]
+        full, transposed = self._source[name]
+        tensor = self._load(full)
+        return (tensor.T.contiguous() if transposed else tensor).float()
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.changed[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.changed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+class BlockCompressor:
+    """Applies a plan to one block. Names inside this class are relative to the block."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        load: Callable[[str], Tensor],
+        rows: Sequence[PlanRow],
+        prefix: str,
+        groups: Sequence[InputGroup],
+    ) -> None:
+        self.plan = plan
+        self.prefix = prefix
+        self.rows = {row.module.name.removeprefix(prefix): row for row in rows}
+        self.tensors = BlockTensors(load, [row.module for row in rows], prefix)
+        self._groups = groups
+        self.statistics: dict[str, Statistics] = {}
+        self.clusters: list[list[str]] = [[name] for name in self.rows]
+        self.notes: dict[str, list[str]] = {name: [] for name in self.rows}
+        self.done: dict[str, Representation] = {}
+
+    def steps_of(self, name: str) -> list[Step]:
+        """The recipe's steps that apply to a module."""
+        return [self.plan.recipe.steps[number] for number in self.rows[name].steps]
+
+    def needs(self) -> dict[str, list[StatisticType]]:
+        """Module -> statistics that its steps want."""
+        wanted = {}
+        for name in self.rows:
+            kinds = dict.fromkeys(kind for step in self.steps_of(name) for kind in step.definition.needs(step.options))
+            if kinds:
+                wanted[name] = list(kinds)
+        return wanted
+
+    def observe(self, module: nn.Module, forwards: Iterable[Callable[[], object]]) -> dict[str, list[Call]]:
+        """Collect what the steps need while `forwards` (one call per batch) run the module.
+
+        Returns the recorded calls of the submodules that a transform wants to search with.
+        """
+        needs = self.needs()
+        searched = {group.inside for group in self.foldable_groups() if self._transforms(group)}
+        recorder = CallRecorder(module, find, searched)
+        with Observer(module, find, needs) as observer:
+            for forward in forwards:
+                observer.start_forward()
+                with suppress(EnoughSeen):
+                    forward()
+        recorder.remove()
+        self.statistics = dict(observer.statistics)
+        self.clusters = [*observer.clusters(), *([name] for name in self.rows if name not in needs)]
+        for name, kinds in needs.items():
+            self._check_seen(name, kinds)
+        return recorder.calls
+
+    def _check_seen(self, name: str, kinds: Sequence[StatisticType]) -> None:
+        if name not in self.statistics:
+            columns = self.rows[name].module.shape[1]
+            self.statistics[name] = {kind: kind(columns) for kind in kinds}
+            for statistic in self.statistics[name].values():
+                statistic.update(torch.eye(columns))
+            self.notes[name].append("no calibration token reached it: treated as if its inputs were independent")
+        for statistic in self.statistics[name].values():
+            if not torch.isfinite(statistic.value).all():
+                raise CalibrationError(
+                    f"the inputs of {self.prefix}{name} contain NaN or infinite values; the dense model overflows in "
+                    "this dtype or an earlier block was damaged"
+                )
+
+    def foldable_groups(self) -> list[InputGroup]:
+        """Groups whose scale can move into their source and whose linears all take part in the same steps."""
+        modules = {name: row.module for name, row in self.rows.items()}
+        groups = [group for group in self._groups if foldable(group, modules)]
+        return [group for group in groups if len({self.rows[linear].steps for linear in group.linears}) == 1]
+
+    def _transforms(self, group: InputGroup) -> list[Step]:
+        return [step for step in self.steps_of(group.linears[0]) if step.definition.transform is not None]
+
+    def apply(self, module: nn.Module, calls: Mapping[str, list[Call]]) -> None:
+        """All steps, in the recipe's order."""
+        for number, step in enumerate(self.plan.recipe.steps):
+            members = [name for name, row in self.rows.items() if number in row.steps]
+            if not members:
+                continue
+            if step.definition.transform is not None:
+                self._transform(step, module, calls, set(members))
+            if step.definition.linear is not None:
+                for cluster in self.clusters:
+                    self._compress(step, [name for name in cluster if name in members])
+
+    def _transform(self, step: Step, module: nn.Module, calls: Mapping[str, list[Call]], members: set[str]) -> None:
+        groups = [group for group in self.foldable_groups() if members.issuperset(group.linears)]
+        given = BlockInput(module, groups, self.statistics, calls, self.plan.dtype)
+        for group, scale in step.definition.transform(given, step.options).items():
+            fold(group, scale, self.tensors, self.plan.layout)
+            rescaled: set[int] = set()
+            for statistic in (statistic for linear in group.linears for statistic in self.statistics[linear].values()):
+                if id(statistic) not in rescaled:
+                    statistic.rescale(scale)
+                    rescaled.add(id(statistic))
+
+    def _compress(self, step: Step, cluster: Sequence[str]) -> None:
+        """Run a linear-level step; rows of linears that share an input go in one call when the method allows it."""
+        if not cluster:
+            return
+        together = [list(cluster)] if step.definition.row_wise(step.options) else [[name] for name in cluster]
+        for names in together:
+            weights = [self._current(name) for name in names]
+            masks = [self._kept(name) for name in names]
+            given = LinearInput(
+                torch.cat(weights),
+                self.statistics.get(names[0], {}),
+                torch.cat([_all_kept(mask, weight) for mask, weight in zip(masks, weights, strict=True)])
+                if any(mask is not None for mask in masks)
+                else None,
+                self.plan.dtype,
+                tuple((name, len(weight)) for name, weight in zip(names, weights, strict=True)),
+            )
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = step.definition.linear(given, step.options)
+            start = 0
+            for name, weight in zip(names, weights, strict=True):
+                self.done[name] = result.rows(start, start + weight.shape[0])
+                self.notes[name] += [str(warning.message) for warning in caught]
+                start += weight.shape[0]
+
+    def _current(self, name: str) -> Tensor:
+        return self.done[name].dense().float() if name in self.done else self.tensors[f"{name}.weight"]
+
+    def _kept(self, name: str) -> Tensor | None:
+        done = self.done.get(name)
+        return done.kept if isinstance(done, Masked) else None
+
+    def finish(self, module: nn.Module, calls: Mapping[str, list[Call]]) -> list[ModuleResult]:
+        """Apply all steps: every module, compressed or copied, with its error."""
+        self.apply(module, calls)
+        return [self._result(name, row) for name, row in self.rows.items()]
+
+    def _result(self, name: str, row: PlanRow) -> ModuleResult:
+        module, dtype = row.module, self.plan.dtype
+        parts = dict(zip(module.tensors, module.tensor_names(), strict=True))
+        packed = {
+            full: self.tensors[full.removeprefix(self.prefix)].to(dtype) for key, full in parts.items() if key != "weight"
+        }
+        if "weight" not in parts:
+            return ModuleResult(module, packed, notes=self.notes[name])
+        original = self.tensors[f"{name}.weight"]
+        packed |= self._pack(row, self.done.get(name) or Dense(original))
+        result = ModuleResult(module, packed, notes=self.notes[name])
+        if name in self.done:
+            written = self._unpack(row, packed).dense().float()
+            result.error, result.error_kind = relative_error(original, written, self.statistics.get(name))
+        seen = self.statistics.get(name)
+        result.tokens = next(iter(seen.values())).tokens if seen else 0
+        return result
+
+    def _pack(self, row: PlanRow, weight: Representation) -> dict[str, Tensor]:
+        """The weight's tensors for the file; they must decode, bit for bit, to what the method returned."""
+        target, dtype = self.plan.format_of(row), self.plan.dtype
+        packed = target.pack(row.module, row.scheme, weight, dtype)
+        if not torch.equal(target.decode(self._unpack(row, packed), dtype), target.decode(weight, dtype)):
+            raise VerificationError(f"format {target.name}: {row.module.name} does not decode to what was packed")
+        return packed
+
+    def _unpack(self, row: PlanRow, packed: Mapping[str, Tensor]) -> Representation:
+        return self.plan.format_of(row).unpack(row.module, row.scheme, packed.__getitem__)
+
+
+def _all_kept(mask: Tensor | None, weight: Tensor) -> Tensor:
+    return torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
+
+
+def relative_error(weight: Tensor, compressed: Tensor, statistics: Statistics | None) -> tuple[float, str]:
+    """||(W - W')X|| / ||WX|| when a Gram matrix of the inputs is at hand, else ||W - W'|| / ||W||; both (N, K) fp32."""
+    difference = weight - compressed
+    gram = statistics.get(Gram) if statistics else None
+    if gram is None:
+        return float(difference.norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)), "weight"
+    lost = ((difference @ gram.value) * difference).sum(dtype=torch.float64)
+    total = ((weight @ gram.value) * weight).sum(dtype=torch.float64)
+    return float((lost.clamp(min=0) / total.clamp(min=1e-30)).sqrt()), "output"

@@ -1,0 +1,268 @@
+"""One compression from start to end: plan, cut text, choose blocks, walk, complete the directory, verify, measure, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index
+from penjing.errors import PlanError, QualityError
+from penjing.evaluation.card import model_card
+from penjing.evaluation.html import html_page
+from penjing.evaluation.metrics import Quality
+from penjing.evaluation.report import ModuleRow, Report, Skipped, Software, Source
+from penjing.evaluation.size import PeakMemory, Stages, weight_bytes
+from penjing.models import Layout, check_tied_head, layout_of
+from penjing.pipeline import measure
+from penjing.pipeline.journal import Fingerprint, Journal
+from penjing.pipeline.precision import compute_dtype
+from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.subset import BlockSubset
+from penjing.pipeline.text import Text, TextSource
+from penjing.pipeline.verification import Verification, fits_in_memory, save_probe, verify
+from penjing.pipeline.walk import Progress, Walk, WalkResult, score_blocks
+from penjing.pipeline.weights import Weights
+from penjing.planning import Plan, make_plan, needs_text
+from penjing.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is known before the long work starts.
+
+    calibration  windows the methods will see; None when no step looks at activations
+    evaluation   windows the result is measured on; None when it will not be measured
+    dtype        of the calibration arithmetic
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    layout: Layout
+    plan: Plan
+    directory: Path
+    calibration: Text | None
+    evaluation: Text | None
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+    def fingerprint(self) -> Fingerprint:
+        """Digests of all that the written bytes depend on."""
+        data = "none" if self.calibration is None else self.calibration.protocol.token_hash
+        versions = [f"{name} {metadata.version(name)}" for name in ("penjing", "torch", "transformers")]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Fingerprint(
+            model=self.checkpoint.fingerprint()[:16],
+            recipe=self.recipe.digest()[:16],
+            data=data[:16],
+            software=", ".join(versions),
+            arithmetic=f"{dtype} on {torch.get_num_threads()} threads, {platform.machine()}",
+        )
+
+
+def prepare(
+    model: str | Path, recipe: Recipe, directory: Path, *, measured: bool = True, trust_remote_code: bool = False
+) -> Job:
+    """Find every problem that can be found before a weight is read: recipe, model, format, text, output directory."""
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+    check_tied_head(layout, checkpoint)
+    plan = make_plan(checkpoint, layout, recipe)
+    source = TextSource(checkpoint)
+    wanted = recipe.evaluation
+    job = Job(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        layout=layout,
+        plan=plan,
+        directory=directory,
+        calibration=source.calibration(recipe.calibration) if needs_text(recipe) else None,
+        evaluation=source.evaluation(wanted.data, wanted.windows, wanted.length) if measured else None,
+        dtype=compute_dtype(),
+        trust_remote_code=trust_remote_code,
+    )
+    if job.calibration and job.evaluation and job.calibration.protocol.text_hash == job.evaluation.protocol.text_hash:
+        raise PlanError(
+            f"calibration and evaluation text are the same ({job.evaluation.protocol.corpus}); a model must be measured "
+            "on text it was not calibrated on: set `evaluation: {data: ...}`"
+        )
+    return job
+
+
+def run(job: Job, progress: Progress) -> Report:
+    """Do the work that `prepare` laid out. Raises VerificationError or QualityError once the files are written."""
+    stages = Stages()
+    journal = Journal.open(job.directory, job.fingerprint())
+    with PeakMemory() as memory:
+        with stages.stage("choose blocks"):
+            checkpoint, plan, removed = _choose_blocks(job, progress)
+        with stages.stage("compress"):
+            tokens = None if job.calibration is None else job.calibration.tokens
+            walk = Walk(
+                plan,
+                checkpoint,
+                job.directory,
+                journal,
+                dtype=job.dtype,
+                tokens=tokens,
+                progress=progress,
+                trust_remote_code=job.trust_remote_code,
+            ).run()
+    with stages.stage("complete the directory"):
+        _complete(job, checkpoint, plan, walk)
+    with stages.stage("verify"):
+        progress("verify", 0, 1, "")
+        engine = fits_in_memory(plan.layout.parameters)
+        verification = verify(job.directory, engine=engine, trust_remote_code=job.trust_remote_code)
+        progress("verify", 1, 1, verification.how)
+    with stages.stage("evaluate"):
+        quality = _evaluate(job, progress)
+    report = _report(job, plan, walk, removed, verification, quality, memory, stages)
+    write_bytes(job.directory / "report.json", report.to_json().encode())
+    write_bytes(job.directory / "report.html", html_page(report).encode())
+    write_bytes(job.directory / "README.md", model_card(report).encode())
+    journal.close()
+    _require(job.recipe, report)
+    return report
+
+
+def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list[tuple[int, str]]]:
+    """The model that is walked: the checkpoint itself, or the blocks that the recipe's selecting steps keep."""
+    checkpoint, plan = job.checkpoint, job.plan
+    names = list(range(job.layout.blocks))
+    removed: list[tuple[int, str]] = []
+    steps = list(job.recipe.steps)
+    while steps and steps[0].definition.select is not None:
+        step = steps.pop(0)
+        scores = score_blocks(
+            checkpoint,
+            plan.layout,
+            job.calibration.tokens,
+            step.definition.scores,
+            dtype=job.dtype,
+            progress=progress,
+            trust_remote_code=job.trust_remote_code,
+        )
+        gone = set(step.definition.select(scores, step.options))
+        removed += [(names[index], f"{step.method}: score {scores[index]:.4f}") for index in sorted(gone)]
+        keep = [index for index in range(len(names)) if index not in gone]
+        names = [names[index] for index in keep]
+        checkpoint = BlockSubset(checkpoint, plan.layout, keep)
+        layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=job.trust_remote_code)
+        plan = make_plan(checkpoint, layout, job.recipe.model_copy(update={"steps": tuple(steps)}))
+    return checkpoint, plan, removed
+
+
+_NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path")
+"""Keys of a source's config.json that do not hold for the result."""
+
+
+def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) -> None:
+    """Everything a model directory needs beside its shards."""
+    total = sum(row["bytes"] for row in walk.rows)
+    write_index(job.directory, walk.shards, total)
+    schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
+    config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
+    config |= {"dtype": str(plan.dtype).removeprefix("torch.")} | plan.format.config(schemes, plan.dtype)
+    write_bytes(job.directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    for name, content in checkpoint.files():
+        write_bytes(job.directory / name, content)
+    write_bytes(job.directory / "recipe.yaml", yaml.safe_dump(job.recipe.as_dict(), sort_keys=False).encode())
+    save_probe(job.directory, walk.probe_tokens, walk.probe_logits)
+
+
+def _evaluate(job: Job, progress: Progress) -> Quality | None:
+    """The written model against the dense one, both streamed."""
+    if job.evaluation is None:
+        return None
+    tokens = job.evaluation.tokens
+    reference = None
+    quality = None
+    written = open_checkpoint(job.directory, trust_remote_code=job.trust_remote_code)
+    for label, checkpoint in (("dense", job.checkpoint), ("compressed", written)):
+        layout = layout_of(checkpoint.config, trust_remote_code=job.trust_remote_code)
+        stream = StreamedModel(
+            checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=job.trust_remote_code
+        )
+        advance = partial(_advance, progress, f"evaluate {label}", layout.blocks)
+        candidate = measure.run(stream, tokens, advance)
+        if reference is not None:
+            quality = measure.compare(candidate, tokens, reference).result()
+        reference = candidate
+    return quality
+
+
+def _advance(progress: Progress, stage: str, blocks: int, index: int) -> None:
+    progress(stage, index + 1, blocks, "")
+
+
+def _report(
+    job: Job,
+    plan: Plan,
+    walk: WalkResult,
+    removed: list[tuple[int, str]],
+    verification: Verification,
+    quality: Quality | None,
+    memory: PeakMemory,
+    stages: Stages,
+) -> Report:
+    skipped = [Skipped(job.layout.block_name(index), f"removed by {reason}") for index, reason in removed]
+    skipped += [Skipped(row.module.name, row.note) for row in plan.rows if row.note]
+    source = Source(
+        label=job.checkpoint.label,
+        fingerprint=job.checkpoint.fingerprint(),
+        model_type=job.layout.model_type,
+        parameters=job.layout.parameters,
+        bytes=job.plan.source_bytes,
+        dtype=str(plan.dtype).removeprefix("torch."),
+    )
+    return Report(
+        recipe=job.recipe.as_dict(),
+        format=plan.format.name,
+        source=source,
+        modules=tuple(
+            ModuleRow(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+            for row in walk.rows
+        ),
+        predicted_bytes=plan.bytes,
+        bytes=weight_bytes(job.directory),
+        software=Software.here(),
+        calibration=None if job.calibration is None else _in_dtype(job.calibration, job.dtype),
+        sample="" if job.calibration is None else job.calibration.sample,
+        quality=quality,
+        protocol=None if job.evaluation is None else job.evaluation.protocol,
+        block_errors=tuple(walk.block_errors),
+        skipped=tuple(skipped),
+        peak_memory=memory.bytes,
+        seconds=stages.seconds,
+        verification=verification.as_dict(),
+    )
+
+
+def _in_dtype(text: Text, dtype: torch.dtype) -> Any:
+    return replace(text.protocol, dtype=str(dtype).removeprefix("torch."))
+
+
+def _require(recipe: Recipe, report: Report) -> None:
+    """The recipe's limits on what may be lost. Raises QualityError; the files stay, with their report."""
+    limits, quality = recipe.require, report.quality
+    if limits.max_bytes is not None and report.bytes > limits.max_bytes:
+        raise QualityError(f"the result has {report.bytes:,} bytes, the recipe allows {limits.max_bytes:,}")
+    if quality is None:
+        return
+    if limits.max_kl is not None and quality.kl > limits.max_kl:
+        raise QualityError(f"KL to the dense model is {quality.kl:.4f} nats per token, the recipe allows {limits.max_kl}")
+    ratio = (quality.perplexity or float("inf")) / quality.reference_perplexity
+    if limits.max_perplexity_ratio is not None and not ratio <= limits.max_perplexity_ratio:
+        raise QualityError(
+            f"perplexity is {ratio:.3f} times the dense model's, the recipe allows {limits.max_perplexity_ratio}"
+        )
+
+

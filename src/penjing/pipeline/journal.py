@@ -1,0 +1,103 @@
+"""What makes a run resumable: a fingerprint of everything that decides the result, and the shards already written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penjing.checkpoint import write_bytes
+from penjing.errors import OutputError, ResumeError
+
+FOLDER = ".penjing"
+_FILE = "journal.json"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Digests of what the written bytes depend on, each with a name a person understands."""
+
+    model: str
+    recipe: str
+    data: str
+    software: str
+    arithmetic: str
+
+    def as_dict(self) -> dict[str, str]:
+        return dict(self.__dict__)
+
+
+class Journal:
+    """Finished shards of one output directory, on disk after every shard."""
+
+    def __init__(self, directory: Path, fingerprint: Fingerprint, shards: dict[str, dict[str, Any]]) -> None:
+        self.directory = directory
+        self.fingerprint = fingerprint
+        self.shards = shards
+
+    @classmethod
+    def open(cls, directory: Path, fingerprint: Fingerprint) -> Journal:
+        """A new journal in an empty or missing directory, or the one of an interrupted run of the same job.
+
+        Raises OutputError for a directory with other contents or a finished run, ResumeError when something that
+        decides the result has changed.
+        """
+        path = directory / FOLDER / _FILE
+        if path.is_file():
+            for leftover in (*directory.glob(".*.tmp"), *path.parent.glob(".*.tmp")):
+                leftover.unlink()
+        else:
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise OutputError(
+                    f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
+                )
+            return cls(directory, fingerprint, {})
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            before, shards = stored["fingerprint"], stored["shards"]
+        except (ValueError, KeyError) as error:
+            raise ResumeError(f"{path} is damaged ({error}); remove {directory} and start again") from error
+        changed = [key for key, value in fingerprint.as_dict().items() if before.get(key) != value]
+        if changed:
+            raise ResumeError(
+                f"{directory} holds an unfinished run with another {' and '.join(changed)}: "
+                + "; ".join(f"{key} was {before.get(key)}, is {getattr(fingerprint, key)}" for key in changed)
+                + ". Choose another output directory, or remove this one"
+            )
+        return cls(directory, fingerprint, shards)
+
+    def finished(self, shard: str) -> dict[str, Any] | None:
+        """What was noted when the shard was written, if it is there and unharmed; None if it has to be made.
+
+        Raises ResumeError when the file differs from what was written.
+        """
+        entry = self.shards.get(shard)
+        if entry is None:
+            return None
+        path = self.directory / shard
+        if not path.is_file() or digest(path) != entry["sha256"]:
+            raise ResumeError(f"{path} is not what this run wrote; remove {self.directory} and start again")
+        return entry["notes"]
+
+    def add(self, shard: str, notes: dict[str, Any]) -> None:
+        """Record a shard that is safely on disk."""
+        self.shards[shard] = {"sha256": digest(self.directory / shard), "notes": notes}
+        self.save()
+
+    def save(self) -> None:
+        """Write the journal (atomically)."""
+        (self.directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        stored = {"fingerprint": self.fingerprint.as_dict(), "shards": self.shards}
+        write_bytes(self.directory / FOLDER / _FILE, json.dumps(stored, indent=1).encode())
+
+    def close(self) -> None:
+        """The run is complete: nothing is left to resume."""
+        (self.directory / FOLDER / _FILE).unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,32 @@
+"""Load a model directory the way a user does and save the logits it gives. Run as a script, in a process of its own.
+
+It is started by path, so that `penjing` is not imported and only what a stranger has is used; a format that needs
+`import penjing` says so on the command line.
+
+    python load_probe.py DIRECTORY PROBE OUTPUT [MODULE_TO_IMPORT]
+"""
+
+import importlib
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def main(directory: str, probe: str, output: str, *modules: str) -> None:
+    """Write logits (T, V) fp32 and what the loader found missing or unexpected."""
+    for module in modules:
+        importlib.import_module(module)
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    tokens = load_file(probe)["tokens"]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+    found = {key: sorted(str(name) for name in info.get(key, ())) for key in ("missing_keys", "unexpected_keys")}
+    save_file({"logits": logits.contiguous()}, output, {"found": json.dumps(found)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

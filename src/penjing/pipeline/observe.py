@@ -1,0 +1,132 @@
+"""Collecting statistics of the inputs of a block's linears while the block runs. One accumulator per distinct input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from penjing.methods.base import Call
+from penjing.statistics import Statistics, StatisticType
+
+CALL_TOKENS = 4096
+"""How many tokens of calls of submodules are kept for methods that search by running them."""
+
+
+class EnoughSeen(Exception):
+    """Every statistic of this forward pass is taken; the rest of the block need not run."""
+
+
+class Observer:
+    """Hooks on the linears of one block.
+
+    needs    linear name -> statistic types that some step wants
+    partial  whether a forward pass may end as soon as the last linear has been seen
+
+    Linears called one after the other with the same tensor share their statistics: `clusters()` lists them.
+    """
+
+    def __init__(
+        self, block: nn.Module, find: Callable[[nn.Module, str], nn.Module], needs: Mapping[str, Iterable[StatisticType]]
+    ) -> None:
+        self._needs = {name: tuple(types) for name, types in needs.items()}
+        self._linears = {name: find(block, name) for name in self._needs}
+        self.statistics: dict[str, Statistics] = {}
+        self._leader: dict[str, str] = {}
+        self._called: list[str] = []
+        self._last: tuple[str, Tensor] | None = None
+        self._hooks: list[Any] = []
+        self._last_linear: str | None = None
+        self._forwards = 0
+        self._first_seen: dict[str, int] = {}
+
+    def __enter__(self) -> Observer:
+        for name, linear in self._linears.items():
+            self._hooks.append(linear.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        for hook in self._hooks:
+            hook.remove()
+        self._last = None
+        return False
+
+    def start_forward(self) -> None:
+        """Call before every forward pass of the block."""
+        if self._called and self._last_linear is None and sorted(self._called) == sorted(self._needs):
+            self._last_linear = self._called[-1]
+        self._called = []
+        self._last = None
+        self._forwards += 1
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._see(name, args[0])
+            if name == self._last_linear:
+                raise EnoughSeen
+
+        return see
+
+    def _see(self, name: str, inputs: Tensor) -> None:
+        self._called.append(name)
+        leader = self._leader_of(name, inputs)
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        if name not in self.statistics:
+            seen = self.statistics.get(leader, {})
+            self.statistics[name] = {kind: seen.get(kind) or kind(tokens.shape[-1]) for kind in self._needs[name]}
+        already = set(map(id, self.statistics[leader].values())) if leader != name else set()
+        for statistic in self.statistics[name].values():
+            if id(statistic) not in already:
+                statistic.update(tokens)
+        if leader == name:
+            self._last = (name, inputs)
+
+    def _leader_of(self, name: str, inputs: Tensor) -> str:
+        """The linear called just before with the very same tensor, or `name` itself.
+
+        Two linears share only if they were first called in the same forward pass, so that neither has missed tokens.
+        """
+        first = self._first_seen.setdefault(name, self._forwards)
+        previous = self._last[0] if self._last is not None and self._last[1] is inputs else name
+        leader = previous if self._first_seen[previous] == first else name
+        known = self._leader.setdefault(name, leader)
+        if known != leader and known != name:
+            raise RuntimeError(f"{name} read the same tensor as {known} in the first forward pass, but not in this one")
+        return known
+
+    def clusters(self) -> list[list[str]]:
+        """Linears that share an input, in the order of the forward pass; those never called stand alone."""
+        groups: dict[str, list[str]] = {}
+        for name in self._needs:
+            groups.setdefault(self._leader.get(name, name), []).append(name)
+        return list(groups.values())
+
+
+class CallRecorder:
+    """Keeps the first calls of some submodules, for methods that search by running them."""
+
+    def __init__(self, block: nn.Module, find: Callable[[nn.Module, str], nn.Module], names: Iterable[str]) -> None:
+        self.calls: dict[str, list[Call]] = {name: [] for name in names}
+        self._tokens = dict.fromkeys(self.calls, 0)
+        self._hooks = [
+            find(block, name).register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in self.calls
+        ]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._tokens[name] >= CALL_TOKENS:
+                return
+            inputs = args[0] if args else kwargs["hidden_states"]
+            self._tokens[name] += inputs.numel() // inputs.shape[-1]
+            self.calls[name].append(Call(args, kwargs))
+
+        return keep
+
+    def remove(self) -> None:
+        """Take the hooks off; the calls stay."""
+        for hook in self._hooks:
+            hook.remove()

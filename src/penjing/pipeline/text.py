@@ -1,0 +1,74 @@
+"""From a recipe's words about text to token windows of the model at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import CalibrationError
+from penjing.evaluation.text import Documents, load_documents
+from penjing.evaluation.windows import (
+    Protocol,
+    describe,
+    evaluation_windows,
+    leading_token,
+    load_tokenizer,
+    render_chats,
+    token_windows,
+)
+from penjing.recipe import Calibration
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token windows (S, T), how they were made, and the start of one as a person reads it."""
+
+    tokens: Tensor
+    protocol: Protocol
+    sample: str
+
+
+class TextSource:
+    """Cuts text with a model's own tokenizer, which is loaded once and only when needed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._tokenizer: Any = None
+        self._bos: int | None = None
+
+    def calibration(self, wanted: Calibration) -> Text:
+        """The windows whose activations the methods will see."""
+        tokenizer = self._load(wanted.length)
+        documents = load_documents(wanted.data, "calibration", chat_template=wanted.chat_template)
+        if wanted.chat_template:
+            documents = render_chats(documents, tokenizer)
+        tokens = token_windows(
+            documents, tokenizer, samples=wanted.samples, length=wanted.length, seed=wanted.seed, bos=self._bos
+        )
+        return self._text(documents, tokens)
+
+    def evaluation(self, data: str, windows: int | None, length: int) -> Text:
+        """The windows that a model is measured on: the first of the text, without overlap."""
+        tokenizer = self._load(length)
+        documents = load_documents(data, "evaluation")
+        tokens = evaluation_windows(documents, tokenizer, windows=windows, length=length, bos=self._bos)
+        return self._text(documents, tokens)
+
+    def _text(self, documents: Documents, tokens: Tensor) -> Text:
+        sample = self._tokenizer.decode(tokens[0, :200])
+        return Text(tokens, describe(documents, tokens, bos=self._bos, dtype="float32"), sample)
+
+    def _load(self, length: int) -> Any:
+        limit = self._checkpoint.config.get("max_position_embeddings") or self._checkpoint.config.get("n_positions")
+        if limit and length > limit:
+            raise CalibrationError(
+                f"windows of {length} tokens are longer than the {limit} positions of {self._checkpoint.label}; "
+                f"set `length: {limit}` or less"
+            )
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._checkpoint.files())
+            self._bos = leading_token(self._tokenizer)
+        return self._tokenizer

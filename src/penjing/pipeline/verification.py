@@ -1,0 +1,142 @@
+"""Is the written model the model that was in memory? Read it back, run a few tokens, compare the logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from penjing.checkpoint import open_checkpoint, write_bytes
+from penjing.errors import CheckpointError, VerificationError
+from penjing.formats import format_of
+from penjing.models import layout_of
+from penjing.pipeline import load_probe
+from penjing.pipeline.journal import FOLDER
+from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.weights import Weights
+
+TOLERANCE = 1e-4
+"""Largest |logit difference| allowed, relative to the largest |logit|. Both sides compute in fp32 on the same decoded
+weights; what remains is the order of additions in another process."""
+
+_PROBE = "probe.safetensors"
+_KEPT_POSITIONS = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of reading a model back.
+
+    how         "transformers": loaded in a fresh process with from_pretrained; "streamed": read back by Penjing only
+    tensors     number of stored tensors, all of which were consumed
+    positions   logit vectors compared
+    difference  largest |logit difference| over the largest |logit|
+    """
+
+    directory: str
+    how: str
+    tensors: int
+    positions: int
+    difference: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": True, "tolerance": TOLERANCE}
+
+
+def save_probe(directory: Path, tokens: Tensor, logits: Tensor) -> None:
+    """Keep what the model in memory answered, so that the directory can be verified at any time."""
+    kept = {"tokens": tokens.contiguous(), "logits": logits[-_KEPT_POSITIONS:].contiguous()}
+    (directory / FOLDER).mkdir(exist_ok=True)
+    write_bytes(directory / FOLDER / _PROBE, save(kept))
+
+
+def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) -> Verification:
+    """Compare a written directory with the model it was written from.
+
+    engine  also load it through transformers in a fresh process, which needs memory for the whole model in fp32.
+    Raises VerificationError naming what differs; CheckpointError when the directory was not written by Penjing.
+    """
+    path = directory / FOLDER / _PROBE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {FOLDER}/{_PROBE}: it was not written by penjing, or the run did not finish. "
+            "To compare two models use `penjing eval MODEL --against MODEL`"
+        )
+    probe = load_file(path)
+    tensors, logits = _streamed(directory, probe["tokens"], trust_remote_code)
+    difference = _difference("read back block by block", logits, probe["logits"])
+    if engine:
+        logits = _through_transformers(directory, path)
+        difference = max(difference, _difference("loaded with transformers", logits, probe["logits"]))
+    return Verification(
+        str(directory), "transformers" if engine else "streamed", tensors, len(probe["logits"]), difference
+    )
+
+
+def fits_in_memory(parameters: int) -> bool:
+    """Whether loading a model of this size in fp32 takes at most a quarter of the memory that is free now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 6 * parameters < free // 4
+
+
+def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:
+    """Logits through Penjing's own reader; every stored tensor must be consumed."""
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    consumed: set[str] = set()
+    load = checkpoint.load
+
+    def loading(name: str) -> Tensor:
+        consumed.add(name)
+        return load(name)
+
+    checkpoint.load = loading
+    layout = layout_of(checkpoint.config)
+    stream = StreamedModel(checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code)
+    states = stream.forward(tokens, torch.float32)
+    with stream.head(torch.float32) as head:
+        logits = head(states)
+    unused = sorted(set(checkpoint.specs()) - consumed)
+    if unused:
+        raise VerificationError(f"{directory}: tensors that no module reads: {', '.join(unused[:8])}")
+    return len(consumed), logits
+
+
+def _through_transformers(directory: Path, probe: Path) -> Tensor:
+    """Logits of a fresh process that only calls from_pretrained."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    modules = ["penjing"] if format_of(config).name == "native" else []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "logits.safetensors"
+        command = [sys.executable, load_probe.__file__, str(directory), str(probe), str(output), *modules]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise VerificationError(f"{directory} does not load with transformers: {reason}")
+        with safe_open(output, "pt") as file:
+            found = json.loads(file.metadata()["found"])
+            logits = file.get_tensor("logits")
+    for kind, names in found.items():
+        if names:
+            raise VerificationError(f"{directory}: transformers reports {kind}: {', '.join(names[:8])}")
+    return logits
+
+
+def _difference(how: str, logits: Tensor, expected: Tensor) -> float:
+    logits = logits[-len(expected) :]
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise VerificationError(
+            f"{how}, the model's logits differ from those in memory by {difference:.2e} of the largest (limit {TOLERANCE})"
+        )
+    return difference

@@ -1,0 +1,239 @@
+"""The only code that walks a model to change it: block by block, load, observe, compress, write, propagate, free.
+
+A finished block is a file. What comes after it is always run on what that file holds, whether the file was written a
+moment ago or by an earlier, interrupted run: that is why a resumed run ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from penjing.checkpoint import write_shard
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import OutputError
+from penjing.methods.base import Call
+from penjing.models.layout import InputGroup, Layout, ModuleSpec
+from penjing.pipeline.block import BlockCompressor, ModuleResult
+from penjing.pipeline.cache import BlockCache
+from penjing.pipeline.journal import Journal
+from penjing.pipeline.stream import StreamedModel, batches
+from penjing.pipeline.weights import LiveModule, Weights, decode_module, modules_outside_blocks
+from penjing.planning import Plan, PlanRow, describe
+from penjing.statistics import BlockStatisticType
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with a stage's name, units done, units in all and a detail to show."""
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """What a walk leaves behind besides files.
+
+    shards        file name -> tensors in it
+    rows          one entry per module: what it became, its error, bytes written, notes
+    block_errors  ||f'(x) - f(x)|| / ||f(x)|| of each block on the probe's hidden states
+    probe_tokens  token ids (1, T)
+    probe_logits  the logits (T, V) fp32 that the compressed model gives for them
+    """
+
+    shards: dict[str, list[str]]
+    rows: list[dict[str, Any]]
+    block_errors: list[float]
+    probe_tokens: Tensor
+    probe_logits: Tensor
+
+
+class Walk:
+    """One pass over a model.
+
+    tokens  calibration windows (S, T), or None when no step looks at activations
+    dtype   of the calibration arithmetic; the probe always runs in fp32
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        directory: Path,
+        journal: Journal,
+        *,
+        dtype: torch.dtype,
+        tokens: Tensor | None,
+        progress: Progress,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.plan, self.layout = plan, plan.layout
+        self.checkpoint = checkpoint
+        self.directory, self.journal = directory, journal
+        self.dtype, self.tokens = dtype, tokens
+        self.progress = progress
+        self._rows = {row.module.name: row for row in plan.rows}
+        self._cache = BlockCache(checkpoint)
+        self._stream = StreamedModel(checkpoint.config, plan.layout, self._source, trust_remote_code=trust_remote_code)
+        self._written: dict[str, Path] = {}
+        self._total = plan.layout.blocks + 2
+
+    def run(self) -> WalkResult:
+        """Walk the model; every finished shard is on disk and in the journal before the next begins."""
+        self.journal.save()
+        _require_space(self.directory, self.plan.bytes)
+        before, after = modules_outside_blocks(self.layout)
+        self._shard(1, before, self._outside)
+        probe_tokens = self._probe_tokens()
+        probe = self._stream.embed(probe_tokens, torch.float32)
+        states = None if self.tokens is None else self._stream.embed(self.tokens, self.dtype)
+        block_errors = []
+        for index in range(self.layout.blocks):
+            self.progress("compress", index, self.layout.blocks, self.layout.block_name(index))
+            block_errors.append(self._block(index, states, probe))
+        self.progress("compress", self.layout.blocks, self.layout.blocks, "")
+        self._shard(self._total, after, partial(self._outside, states=states))
+        with self._stream.head(torch.float32) as logits:
+            probe_logits = logits(probe)
+        notes = {path.name: self.journal.shards[path.name]["notes"] for path in self._written.values()}
+        return WalkResult(
+            shards={shard: note["tensors"] for shard, note in notes.items()},
+            rows=[row for note in notes.values() for row in note["rows"]],
+            block_errors=block_errors,
+            probe_tokens=probe_tokens,
+            probe_logits=probe_logits,
+        )
+
+    def _probe_tokens(self) -> Tensor:
+        if self.tokens is not None:
+            return self.tokens[:1, :PROBE_TOKENS]
+        vocabulary = self.layout.embedding.shape[0]
+        return torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def _block(self, index: int, states: Tensor | None, probe: Tensor) -> float:
+        """Compress one block unless its shard exists, then advance all hidden states through what the shard holds."""
+        with self._stream.block(index, torch.float32) as block:
+            expected = self._stream.run(block, index, probe)
+        if states is not None and self.plan.recipe.propagate == "original":
+            original = states.clone()
+            with self._stream.block(index, self.dtype) as block:
+                self._stream.advance(block, index, original)
+        self._shard(index + 2, self.layout.of_block(index), partial(self._compress_block, index, states))
+        if states is not None:
+            if self.plan.recipe.propagate == "original":
+                states.copy_(original)
+            else:
+                with self._stream.block(index, self.dtype) as block:
+                    self._stream.advance(block, index, states)
+        with self._stream.block(index, torch.float32) as block:
+            self._stream.advance(block, index, probe)
+        return float((probe - expected).norm() / expected.norm())
+
+    def _compress_block(self, index: int, states: Tensor | None, modules: Sequence[ModuleSpec]) -> list[ModuleResult]:
+        compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index])
+        if not compressor.needs():
+            return compressor.finish(nn.Module(), {})
+        with self._stream.block(index, self.dtype) as block:
+            calls = compressor.observe(block, [partial(self._stream.run, block, index, batch) for batch in batches(states)])
+            return compressor.finish(block, calls)
+
+    def _outside(self, modules: Sequence[ModuleSpec], states: Tensor | None = None) -> list[ModuleResult]:
+        """Embeddings, final norm and head."""
+        compressor = self._compressor(modules, "", ())
+        calls: dict[str, list[Call]] = {}
+        if compressor.needs():
+            with self._stream.head(self.dtype) as logits:
+                calls = compressor.observe(
+                    self._stream.model, [partial(logits, window.unsqueeze(0)) for window in states]
+                )
+        return compressor.finish(self._stream.model, calls)
+
+    def _compressor(self, modules: Sequence[ModuleSpec], prefix: str, groups: Sequence[InputGroup]) -> BlockCompressor:
+        rows = [self._rows[module.name] for module in modules]
+        return BlockCompressor(self.plan, self._cache.load, rows, prefix, groups)
+
+    def _shard(
+        self, number: int, modules: Sequence[ModuleSpec], make: Callable[[Sequence[ModuleSpec]], list[ModuleResult]]
+    ) -> None:
+        """Make and write shard `number` unless an earlier run did; from here on the modules are read from it."""
+        modules = [module for module in modules if module.tensors]
+        path = self.directory / f"model-{number:05d}-of-{self._total:05d}.safetensors"
+        if modules and self.journal.finished(path.name) is None:
+            results = make(modules)
+            tensors = {name: tensor for result in results for name, tensor in result.packed.items()}
+            write_shard(path, tensors)
+            self.journal.add(path.name, {"tensors": sorted(tensors), "rows": [self._row(result) for result in results]})
+        self._written |= dict.fromkeys((module.name for module in modules), path)
+        self._cache.clear()
+
+    def _row(self, result: ModuleResult) -> dict[str, Any]:
+        """One line of the report."""
+        row = self._rows[result.module.name]
+        return {
+            "name": result.module.name,
+            "kind": result.module.kind,
+            "block": result.module.block,
+            "shape": list(result.module.tensors.get("weight", ())),
+            "steps": [self.plan.recipe.steps[step].method for step in row.steps],
+            "scheme": describe(row.scheme),
+            "bits": row.scheme.grid.bits if row.scheme.grid else None,
+            "predicted_bytes": row.bytes,
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in result.packed.values()),
+            "error": result.error,
+            "error_kind": result.error_kind,
+            "tokens": result.tokens,
+            "notes": [*result.notes, *([f"left dense: {row.note}"] if row.note else [])],
+        }
+
+    def _source(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
+        """A module as written if its shard is done, as in the dense model before."""
+        path = self._written.get(module.name)
+        if path is None:
+            return decode_module(module, None, self.plan.format, self._cache.load, dtype)
+        return self._from_shard(path, self._rows[module.name], dtype)
+
+    def _from_shard(self, path: Path, row: PlanRow, dtype: torch.dtype) -> LiveModule:
+        scheme = None if row.scheme.dense else row.scheme
+        with safe_open(path, "pt") as shard:
+            return decode_module(row.module, scheme, self.plan.format, shard.get_tensor, dtype)
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    """Refuse at once what would fill the disk hours later."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OutputError(f"{directory} has {free / 1e6:.0f} MB free and the result needs {needed / 1e6:.0f} MB")
+
+
+def score_blocks(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    tokens: Tensor,
+    kind: BlockStatisticType,
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """One forward pass over the dense model: a score per block, fp64 (blocks,)."""
+    source = Weights(checkpoint, layout).live
+    stream = StreamedModel(checkpoint.config, layout, source, trust_remote_code=trust_remote_code)
+    states = stream.embed(tokens, dtype)
+    scores = []
+    for index in range(layout.blocks):
+        progress("score blocks", index, layout.blocks, layout.block_name(index))
+        statistic = kind()
+        with stream.block(index, dtype) as block:
+            for batch in batches(states):
+                output = stream.run(block, index, batch)
+                statistic.update(batch.flatten(0, 1), output.flatten(0, 1))
+                batch.copy_(output)
+        scores.append(statistic.value)
+    progress("score blocks", layout.blocks, layout.blocks, "")
+    return torch.tensor(scores, dtype=torch.float64)

@@ -1,0 +1,306 @@
+"""A recipe resolved against a model: which tensor gets which step, what it becomes, how many bytes it takes.
+
+Nothing here reads a weight. Every reason to refuse a job is found here, before the long work starts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import PlanError
+from penjing.formats import FORMATS, Format, format_of
+from penjing.models.layout import Layout, ModuleSpec
+from penjing.recipe import Recipe, Step, did_you_mean
+from penjing.representations import Scheme
+
+TARGET_GROUPS = {"linear": "every linear of the decoder blocks", "embedding": "the token embedding", "lm_head": "the head"}
+"""Names that a recipe may use in `targets` and `ignore` besides module names and globs over them."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One module: what happens to it and what it will weigh.
+
+    steps         numbers (from 0) of the recipe's steps that apply
+    source_bytes  its tensors as they would be written untouched in the storage dtype
+    bytes         its tensors as they will be written
+    note          why it stays dense although a step asked for it; empty otherwise
+    """
+
+    module: ModuleSpec
+    steps: tuple[int, ...]
+    scheme: Scheme
+    source_bytes: int
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved job. `rows` speak of the model before blocks are removed."""
+
+    label: str
+    recipe: Recipe
+    layout: Layout
+    dtype: torch.dtype
+    rows: tuple[PlanRow, ...]
+    drop: int
+    warnings: tuple[str, ...]
+    memory: Mapping[str, int]
+    flops: float
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.recipe.format]
+
+    def format_of(self, row: PlanRow) -> Format:
+        """What writes a module: plain tensors where nothing is done to it, in every format."""
+        return FORMATS["dense"] if row.scheme.dense else self.format
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the dense model in the storage dtype."""
+        return sum(row.source_bytes for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Predicted bytes of all tensors written. Removed blocks are counted as blocks of mean size."""
+        outside = sum(row.bytes for row in self.rows if row.module.block is None)
+        blocks = sum(row.bytes for row in self.rows if row.module.block is not None)
+        return outside + blocks * (self.layout.blocks - self.drop) // max(self.layout.blocks, 1)
+
+    @property
+    def peak_memory(self) -> int:
+        """Predicted peak in bytes, above what importing torch and transformers takes."""
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the totals and one entry per module."""
+        return {
+            "model": self.label,
+            "format": self.recipe.format,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "blocks": self.layout.blocks,
+            "blocks_removed": self.drop,
+            "parameters": self.layout.parameters,
+            "dense_bytes": self.source_bytes,
+            "predicted_bytes": self.bytes,
+            "predicted_peak_memory": dict(self.memory),
+            "warnings": list(self.warnings),
+            "modules": [
+                {
+                    "name": row.module.name,
+                    "shape": list(row.module.shape) if "weight" in row.module.tensors else None,
+                    "steps": [self.recipe.steps[step].method for step in row.steps],
+                    "scheme": describe(row.scheme),
+                    "bytes": row.bytes,
+                    "note": row.note,
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def describe(scheme: Scheme) -> str:
+    """A scheme in the field's shorthand: "W4 g64 symmetric", "2:4 sparse", "dense"."""
+    words = []
+    if scheme.pattern:
+        words.append(f"{scheme.pattern[0]}:{scheme.pattern[1]} sparse")
+    elif scheme.sparsity:
+        words.append(f"{scheme.sparsity:.0%} sparse")
+    if scheme.grid:
+        size = scheme.grid.group_size
+        group = "per tensor" if size == "tensor" else "per channel" if size is None else f"g{size}"
+        kind = "symmetric" if scheme.grid.symmetric else "asymmetric"
+        rule = "" if not scheme.grid.symmetric or scheme.grid.scale_rule == "full" else f" {scheme.grid.scale_rule}"
+        activations = f"A{scheme.activations}" if scheme.activations else ""
+        words.append(f"W{scheme.grid.bits}{activations} {group} {kind}{rule}")
+    return ", ".join(words) or "dense"
+
+
+def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
+    """Resolve `recipe` for a model. Raises PlanError naming module, rule and fix; reads no weight."""
+    if format_of(checkpoint.config).name != "dense":
+        raise PlanError(
+            f"{checkpoint.label} is already compressed ({format_of(checkpoint.config).name}); start from the dense model"
+        )
+    dtype = storage_dtype(checkpoint.config, recipe)
+    assigned, warnings = _assign(recipe, layout)
+    target = FORMATS[recipe.format]
+    rows = []
+    for module in layout.modules:
+        row = _resolve(module, assigned.get(module.name, ()), recipe, target, dtype)
+        rows.append(row)
+        if row.note:
+            warnings.append(f"{module.name} stays dense: {row.note}")
+    weights = {row.module: row.scheme for row in rows if "weight" in row.module.tensors}
+    if conflicts := target.conflicts(weights):
+        raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
+    _check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
+    return Plan(
+        label=checkpoint.label,
+        recipe=recipe,
+        layout=layout,
+        dtype=dtype,
+        rows=tuple(rows),
+        drop=_blocks_to_drop(recipe, layout),
+        warnings=tuple(warnings),
+        memory=_memory(recipe, layout, checkpoint.config),
+        flops=_flops(recipe, layout, rows),
+    )
+
+
+def storage_dtype(config: Mapping[str, Any], recipe: Recipe) -> torch.dtype:
+    """The dtype of dense tensors and scales on disk."""
+    name = recipe.dtype
+    if name == "auto":
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PlanError(f"the model's dtype {name!r} cannot be written; set `dtype: bfloat16` in the recipe")
+    return dtype
+
+
+def _assign(recipe: Recipe, layout: Layout) -> tuple[dict[str, list[int]], list[str]]:
+    """Module name -> numbers of the steps that apply to it, in order."""
+    assigned: dict[str, list[int]] = {}
+    changed = False
+    for number, step in enumerate(recipe.steps):
+        if step.definition.select is not None:
+            if changed:
+                raise PlanError(
+                    f"step {number + 1} ({step.method}) removes blocks but comes after a step that changes weights; "
+                    "move it before them, so that its scores are those of the model that is cut"
+                )
+            continue
+        changed = True
+        for name in selected(step, number, layout):
+            assigned.setdefault(name, []).append(number)
+    return assigned, []
+
+
+def selected(step: Step, number: int, layout: Layout) -> list[str]:
+    """Modules a step applies to. Raises PlanError for a pattern that matches nothing or hits a forbidden module."""
+    label = f"step {number + 1} ({step.method})"
+    ignored = {name for pattern in step.ignore for name in _matches(pattern, layout, f"{label}: ignore")}
+    chosen: dict[str, None] = {}
+    for pattern in step.targets:
+        for name in _matches(pattern, layout, f"{label}: targets"):
+            module = layout.by_name[name]
+            if name in ignored:
+                continue
+            if layout.never and name in layout.never and pattern not in TARGET_GROUPS:
+                raise PlanError(f"{label}: {name} must not be compressed: {layout.never[name]}; add it to `ignore`")
+            if module.kind == "head" and layout.tied:
+                if layout.embedding.name not in ignored:
+                    chosen[layout.embedding.name] = None
+            elif module.kind in ("linear", "embedding", "head") and not (layout.never and name in layout.never):
+                chosen[name] = None
+    if not chosen:
+        raise PlanError(f"{label} applies to no module: targets {list(step.targets)}, ignore {list(step.ignore)}")
+    return list(chosen)
+
+
+def _matches(pattern: str, layout: Layout, label: str) -> list[str]:
+    kinds = {"linear": ("linear",), "embedding": ("embedding",), "lm_head": ("head",)}
+    if pattern in kinds:
+        found = [module.name for module in layout.modules if module.kind in kinds[pattern]]
+    else:
+        names = [module.name for module in layout.modules]
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.endswith("." + pattern)]
+    if not found:
+        known = [*kinds, *dict.fromkeys(module.name.rpartition(".")[2] for module in layout.modules)]
+        raise PlanError(f"{label}: {pattern!r} matches no module of {layout.model_type}{did_you_mean(pattern, known)}")
+    return found
+
+
+def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: Format, dtype: torch.dtype) -> PlanRow:
+    """The row of one module: fold its steps into a scheme and ask the format whether it can hold it."""
+    plain = target.nbytes(module, Scheme(), dtype)
+    steps = tuple(steps)
+    scheme = Scheme()
+    for number in steps:
+        step = recipe.steps[number]
+        _check_step(module, scheme, step, number)
+        scheme = step.options.scheme(scheme, dtype)
+        if step.activations:
+            scheme = replace(scheme, activations=step.activations.bits)
+    problems = [] if scheme.dense else target.problems(module, scheme)
+    if problems:
+        if recipe.on_unsupported == "error":
+            raise PlanError(f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}")
+        return PlanRow(module, (), Scheme(), plain, plain, "; ".join(problems))
+    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype))
+
+
+def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int) -> None:
+    label = f"step {number + 1} ({step.method}) on {module.name}"
+    if step.definition.linear is not None and before.grid is not None:
+        raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
+    if module.kind == "embedding" and step.definition.needs(step.options):
+        raise PlanError(
+            f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step of their "
+            "own, `method: rtn` with `targets: [embedding]`"
+        )
+    if step.activations and step.definition.linear is None:
+        raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
+
+
+def _check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -> None:
+    """Engines merge q, k, v and gate, up: those must share a scheme, or the engine decodes garbage."""
+    if target.name != "compressed-tensors":
+        return
+    for index, groups in enumerate(layout.groups):
+        for group in groups:
+            names = [f"{layout.block_name(index)}.{linear}" for linear in group.linears]
+            if group.fused and len({schemes[name] for name in names}) > 1:
+                listed = ", ".join(f"{name}: {describe(schemes[name])}" for name in names)
+                raise PlanError(
+                    f"engines merge these linears into one matrix, so they need the same scheme: {listed}. "
+                    "Target or ignore them together, or use format native"
+                )
+
+
+def _blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
+    total = sum(getattr(step.options, "drop", 0) for step in recipe.steps if step.definition.select is not None)
+    if total >= layout.blocks:
+        raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
+    return total
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether any step looks at activations."""
+    return any(step.definition.scores or step.definition.needs(step.options) for step in recipe.steps)
+
+
+def _memory(recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> dict[str, int]:
+    """Where the peak will be, in bytes, with fp32 arithmetic (bf16 takes less)."""
+    blocks = [layout.of_block(index) for index in range(layout.blocks)]
+    widest = max(sum(module.parameters for module in block) for block in blocks)
+    memory = {"one block, live and as stored": 2 * 4 * widest}
+    if needs_text(recipe):
+        hidden = layout.embedding.shape[1]
+        tokens = recipe.calibration.samples * recipe.calibration.length
+        inputs = {module.shape[1] for module in blocks[0] if module.kind == "linear"}
+        memory["hidden states of the calibration windows"] = 4 * tokens * hidden
+        memory["statistics and factors"] = sum(4 * width * width for width in inputs) + 3 * 4 * max(inputs) ** 2
+        memory["one batch inside a block"] = 4 * 4096 * 4 * max(inputs)
+    outside = [4 * module.parameters for module in layout.modules if module.block is None]
+    return {**memory, "embedding or head": 0} if sum(memory.values()) > max(outside) else {"embedding": max(outside)}
+
+
+def _flops(recipe: Recipe, layout: Layout, rows: Sequence[PlanRow]) -> float:
+    """Floating-point operations of forward passes and Gram matrices; the rest is small beside them."""
+    if not needs_text(recipe):
+        return 0.0
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    linears = [row for row in rows if row.module.kind == "linear"]
+    forward = 2.0 * sum(row.module.parameters for row in linears)
+    widths = [row.module.shape[1] for row in linears if row.steps]
+    return tokens * (2 * forward + sum(width * width for width in widths) / 2)

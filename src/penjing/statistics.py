@@ -1,0 +1,177 @@
+"""What the walk remembers of a linear's inputs. Each statistic is accumulated once and shared by all methods.
+
+A statistic is made for K inputs, is fed token matrices (T, K), and can be rescaled when a method divides the
+inputs by `s` and multiplies the weights by it (AWQ, SmoothQuant): nothing has to be collected twice.
+Accumulation is in fp32 whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """Accumulates something about the inputs of a linear."""
+
+    tokens: int
+
+    @property
+    def value(self) -> Tensor:
+        """What was accumulated so far."""
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in a token matrix (T, K)."""
+
+    def rescale(self, scale: Tensor) -> None:
+        """The inputs were divided by `scale` (K,)."""
+
+
+class Gram:
+    """Sum of outer products of the inputs: `value` = X^T X, fp32 (K, K), T tokens.
+
+    GPTQ's and SparseGPT's Hessian is twice this over the number of samples; their results depend on it only up
+    to a factor, because damping is relative. Only blocks on and above the diagonal are multiplied out, which
+    saves up to half the work; the rest is mirrored once, when `value` is first read.
+    """
+
+    def __init__(self, columns: int, *, tile: int = 384) -> None:
+        self._sum = torch.zeros(columns, columns)
+        self._tiles = [(start, min(start + tile, columns)) for start in range(0, columns, tile)]
+        self._mirrored = True
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        for number, (top, bottom) in enumerate(self._tiles):
+            left = inputs[:, top:bottom].T
+            for start, stop in self._tiles[number:]:
+                self._accumulate(self._sum[top:bottom, start:stop], left, inputs[:, start:stop])
+        self._mirrored = False
+
+    @staticmethod
+    def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+        if right.dtype == torch.float32:
+            total.addmm_(left, right)
+        else:
+            total.add_(left @ right)
+
+    @property
+    def value(self) -> Tensor:
+        if not self._mirrored:
+            upper = self._sum.triu()
+            self._sum = upper.add_(upper.triu(1).T)
+            self._mirrored = True
+        return self._sum
+
+    def rescale(self, scale: Tensor) -> None:
+        self._sum = self.value / (scale.float().unsqueeze(1) * scale.float())
+
+
+class ColumnNorm:
+    """Sum of squares per input: `value` fp32 (K,). Wanda's `||x_j||_2` is its square root."""
+
+    def __init__(self, columns: int) -> None:
+        self.value = torch.zeros(columns)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        self.value += inputs.float().square().sum(0)
+        self.tokens += inputs.shape[0]
+
+    def rescale(self, scale: Tensor) -> None:
+        self.value = self.value / scale.float().square()
+
+
+class AbsMax:
+    """Largest magnitude per input: `value` fp32 (K,). SmoothQuant's `max |x_j|`."""
+
+    def __init__(self, columns: int) -> None:
+        self.value = torch.zeros(columns)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        self.value = torch.maximum(self.value, inputs.abs().amax(0).float())
+        self.tokens += inputs.shape[0]
+
+    def rescale(self, scale: Tensor) -> None:
+        self.value = self.value / scale.float()
+
+
+class MeanAbs:
+    """Mean magnitude per input: `value` fp32 (K,). AWQ's saliency of a channel."""
+
+    def __init__(self, columns: int) -> None:
+        self._sum = torch.zeros(columns)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        self._sum += inputs.abs().float().sum(0)
+        self.tokens += inputs.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(self.tokens, 1)
+
+    def rescale(self, scale: Tensor) -> None:
+        self._sum = self._sum / scale.float()
+
+
+StatisticType = Callable[[int], Statistic]
+Statistics = Mapping[StatisticType, Statistic]
+
+
+class TokenSample:
+    """A few of the inputs themselves: `value` (T', K) in the dtype seen, T' at most `limit`.
+
+    Every call contributes the same number of evenly spaced tokens until the sample is full.
+    """
+
+    def __init__(self, columns: int, *, limit: int = 512, per_call: int = 64) -> None:
+        self.value = torch.zeros(0, columns)
+        self.tokens = 0
+        self._limit, self._per_call = limit, per_call
+
+    def update(self, inputs: Tensor) -> None:
+        self.tokens += inputs.shape[0]
+        room = min(self._limit - self.value.shape[0], self._per_call, inputs.shape[0])
+        if room > 0:
+            position = torch.linspace(0, inputs.shape[0] - 1, room).long()
+            self.value = torch.cat([self.value.to(inputs.dtype), inputs[position]])
+
+    def rescale(self, scale: Tensor) -> None:
+        self.value = self.value / scale.to(self.value.dtype)
+
+
+class BlockStatistic(Protocol):
+    """Accumulates something about what a decoder block does to the hidden state."""
+
+    @property
+    def value(self) -> float:
+        """What was accumulated so far."""
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Take in hidden states (T, D) before and after the block."""
+
+
+class CosineChange:
+    """Block influence of ShortGPT (Men et al. 2024, eq. 1): mean over tokens of 1 - cos(before, after)."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._tokens = 0
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        self._sum += float((1 - cosine).sum(dtype=torch.float64))
+        self._tokens += before.shape[0]
+
+    @property
+    def value(self) -> float:
+        return self._sum / max(self._tokens, 1)
+
+
+BlockStatisticType = Callable[[], BlockStatistic]

@@ -1,0 +1,189 @@
+"""What the command line shows on a terminal: a rich table for each kind of result.
+
+Builders take the same plain data that `--json` prints, so that the two can never tell different stories.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from penjing.evaluation.size import readable_bytes
+
+Rows = list[dict[str, Any]]
+
+
+def methods() -> Rows:
+    """Every method: name, what it does, its paper, and the recipe keys it takes."""
+    from penjing.methods import METHODS
+
+    return [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "paper": method.paper,
+            "keys": list(method.options.model_fields),
+        }
+        for method in METHODS.values()
+    ]
+
+
+def recipes() -> Rows:
+    """Every built-in recipe: name, summary, its steps and the format it writes."""
+    from penjing.recipe import builtin_recipes, load_recipe
+
+    return [
+        {
+            "name": name,
+            "summary": recipe.summary,
+            "steps": [step.method for step in recipe.steps],
+            "format": recipe.format,
+        }
+        for name, recipe in ((name, load_recipe(name)) for name in builtin_recipes())
+    ]
+
+
+def formats() -> Rows:
+    """Every format that can be written."""
+    from penjing.formats import FORMATS
+
+    return [{"name": name, "summary": format.summary} for name, format in FORMATS.items()]
+
+
+def architectures() -> Rows:
+    """Every model family whose facts are known; other decoders are inferred."""
+    from penjing.models.families import FAMILIES
+
+    return [{"model_type": model_type, "family": family} for model_type, family in FAMILIES.items()]
+
+
+LISTINGS: dict[str, Callable[[], Rows]] = {
+    "methods": methods,
+    "recipes": recipes,
+    "formats": formats,
+    "architectures": architectures,
+}
+
+
+def listing(rows: Rows) -> Table:
+    """Rows of one listing, a column per key."""
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*(escape(_words(value)) for value in row.values()))
+    return table
+
+
+def facts(result: Mapping[str, Any]) -> Table:
+    """A result that is a handful of facts, one per line."""
+    table = Table(show_header=False, box=None)
+    for key, value in result.items():
+        table.add_row(key.replace("_", " "), readable_bytes(value) if key.endswith("bytes") else escape(_words(value)))
+    return table
+
+
+def plan(result: Mapping[str, Any]) -> Group:
+    """Output of `Plan.as_dict()`: one line per kind of matrix, the totals, the warnings."""
+    matrices = {module["name"]: module for module in result["modules"] if len(module["shape"] or ()) > 1}
+    table = _table("module", "count", "shape", "steps", "becomes", "bytes")
+    for name, row in _rows(matrices, ("shape", "steps", "scheme")):
+        size = readable_bytes(sum(module["bytes"] for module in row))
+        steps = " + ".join(row[0]["steps"])
+        table.add_row(name, str(len(row)), _shape(row[0]["shape"]), steps, row[0]["scheme"], size)
+    rest = [module["bytes"] for module in result["modules"] if module["name"] not in matrices and module["bytes"]]
+    table.add_row("norms and the like", str(len(rest)), "", "", "dense", readable_bytes(sum(rest)))
+    size = readable_bytes(result["predicted_bytes"])
+    ratio = result["dense_bytes"] / max(result["predicted_bytes"], 1)
+    memory = result["predicted_peak_memory"]
+    totals = {
+        "format": result["format"],
+        "blocks": f"{result['blocks'] - result['blocks_removed']} of {result['blocks']}",
+        "predicted size": f"{size}, {ratio:.2f} times smaller than in {result['dtype']}",
+        "predicted peak memory": f"{readable_bytes(sum(memory.values()))} above what the libraries take",
+    }
+    warnings = [f"[yellow]warning:[/] {escape(text)}" for text in result["warnings"]]
+    return Group(table, "", facts(totals), *warnings)
+
+
+def inspection(result: Mapping[str, Any]) -> Group:
+    """Output of `Inspection.as_dict()`: the totals, and one line per kind of module."""
+    shown = ("model", "model_type", "family", "format", "dtype", "bytes", "parameters", "blocks", "tied")
+    modules = {module["name"]: module for module in result["modules"]}
+    table = _table("module", "count", "kind", "shape", "parameters")
+    for name, row in _rows(modules, ("kind", "shape", "parameters")):
+        parameters = sum(module["parameters"] for module in row)
+        table.add_row(name, str(len(row)), row[0]["kind"], _shape(row[0]["shape"]), f"{parameters:,}")
+    reasons = [f"never compressed: {name}: {reason}" for name, reason in result["never"].items()]
+    return Group(facts({key: result[key] for key in shown}), "", table, *map(escape, reasons))
+
+
+def report(result: Mapping[str, Any]) -> Group:
+    """Output of `Report.as_dict()`: dense model and result side by side, the protocol, what to know."""
+    from penjing.evaluation.tables import summary_table
+
+    return summary_table(result)
+
+
+def evaluation(result: Mapping[str, Any]) -> Group:
+    """Output of `Evaluation.as_dict()`."""
+    return comparison([result])
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
+    """Several evaluations on the same tokens, a line each, and the protocol they share."""
+    table = _table("model", "size", "bits per weight", "perplexity", "KL, nats per token", "same top token")
+    for result in results:
+        table.add_row(
+            escape(result["model"]),
+            readable_bytes(result["bytes"]),
+            f"{result['bits_per_weight']:.2f}",
+            "" if result["perplexity"] is None else f"{result['perplexity']:.3f}",
+            "" if result["kl"] is None else f"{result['kl']:.4f} ± {result['kl_error']:.4f}",
+            "" if result["top1"] is None else f"{result['top1']:.1%}",
+        )
+    return Group(table, "", escape(results[0]["protocol"]["sentence"]))
+
+
+def _rows(modules: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """What to call a line and the modules it stands for: alike in `keys`, and in name but for the block number."""
+    for pattern, names in across_blocks(modules).items():
+        alike: dict[str, list[Mapping[str, Any]]] = {}
+        for name in names:
+            alike.setdefault(str([modules[name][key] for key in keys]), []).append(modules[name])
+        for row in alike.values():
+            yield (row[0]["name"] if len(row) == 1 else pattern[pattern.index("*") :]), row
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "x".join(map(str, shape or ()))
+
+
+def across_blocks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Module names gathered by what is left when the block number is a star, in order of appearance.
+
+    >>> across_blocks(["layers.0.mlp", "layers.1.mlp", "head"])
+    {'layers.*.mlp': ['layers.0.mlp', 'layers.1.mlp'], 'head': ['head']}
+    """
+    gathered: dict[str, list[str]] = {}
+    for name in names:
+        gathered.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+    return gathered
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), no_wrap=position == 0 or column in ("shape", "bytes"))
+    return table
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(str(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,102 @@
+"""Statistics are taken once per distinct input, and a forward pass ends when there is nothing more to see."""
+
+import pytest
+import torch
+from torch import nn
+
+from penjing.pipeline.observe import CALL_TOKENS, CallRecorder, EnoughSeen, Observer
+from penjing.statistics import AbsMax, ColumnNorm, Gram
+
+
+def find(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name)
+
+
+class Attention(nn.Module):
+    """Two projections of the same input, one of another, one that is never asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.o, self.rest = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.rest_calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.o(self.q(x) * self.k(x))
+        self.rest_calls += 1
+        return self.rest(y)
+
+
+def observe(module: nn.Module, needs: dict, windows: list[torch.Tensor]) -> Observer:
+    with Observer(module, find, needs) as observer:
+        for window in windows:
+            observer.start_forward()
+            try:
+                module(window)
+            except EnoughSeen:
+                pass
+    return observer
+
+
+def test_linears_that_read_the_same_tensor_share_one_accumulator():
+    module, windows = Attention(), [torch.randn(2, 5, 6) for _ in range(3)]
+    observer = observe(module, {"q": [Gram], "k": [Gram, AbsMax], "o": [Gram]}, windows)
+    assert observer.statistics["q"][Gram] is observer.statistics["k"][Gram]
+    assert observer.clusters() == [["q", "k"], ["o"]]
+    tokens = torch.cat(windows).flatten(0, 1).double()
+    torch.testing.assert_close(observer.statistics["k"][Gram].value.double(), tokens.T @ tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(observer.statistics["k"][AbsMax].value.double(), tokens.abs().amax(0))
+    assert observer.statistics["q"][Gram].tokens == 30
+
+
+def test_equal_values_in_another_tensor_are_another_input():
+    class Copies(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.o(self.q(x) * self.k(x.clone()))
+
+    observer = observe(Copies(), {"q": [Gram], "k": [Gram]}, [torch.randn(3, 6)])
+    assert observer.clusters() == [["q"], ["k"]]
+    torch.testing.assert_close(observer.statistics["q"][Gram].value, observer.statistics["k"][Gram].value)
+
+
+def test_after_the_first_pass_the_block_stops_at_the_last_linear_that_matters():
+    module = Attention()
+    observer = observe(module, {"q": [Gram], "o": [ColumnNorm]}, [torch.randn(4, 6) for _ in range(5)])
+    assert module.rest_calls == 1
+    assert observer.statistics["o"][ColumnNorm].tokens == 20
+
+
+def test_a_linear_that_is_called_a_varying_number_of_times_never_stops_the_pass():
+    class Routed(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.q(x)
+            if x.shape[0] > 3:
+                y = y + self.k(x)
+            return self.rest(self.o(y))
+
+    module = Routed()
+    observer = observe(module, {"q": [Gram], "k": [Gram]}, [torch.randn(size, 6) for size in (2, 4, 3, 5)])
+    assert observer.statistics["q"][Gram].tokens == 14
+    assert observer.statistics["k"][Gram].tokens == 9
+
+
+def test_hooks_are_gone_afterwards():
+    module = Attention()
+    observe(module, {"q": [Gram]}, [torch.randn(2, 6)])
+    assert not any(linear._forward_pre_hooks for linear in module.modules())
+
+
+def test_calls_are_kept_until_there_are_enough_tokens():
+    module = Attention()
+    recorder = CallRecorder(module, find, ["o"])
+    for _ in range(4):
+        module(torch.randn(CALL_TOKENS // 2, 6))
+    recorder.remove()
+    assert len(recorder.calls["o"]) == 2
+    assert not module.o._forward_pre_hooks
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (1, 1, 6)])
+def test_inputs_of_any_rank_count_tokens(shape):
+    observer = observe(Attention(), {"q": [ColumnNorm]}, [torch.ones(shape)])
+    assert observer.statistics["q"][ColumnNorm].value.tolist() == [float(torch.ones(shape).numel() // 6)] * 6
