@@ -227,7 +227,7 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
     scheme = Scheme()
     for number in steps:
         step = recipe.steps[number]
-        _check_step(module, scheme, step, number)
+        _check_step(module, scheme, step, number, [recipe.steps[other] for other in steps if other < number])
         scheme = step.options.scheme(scheme, dtype)
         if step.activations:
             scheme = replace(scheme, activations=step.activations.bits)
@@ -239,10 +239,12 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
     return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype))
 
 
-def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int) -> None:
+def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, earlier: Sequence[Step]) -> None:
     label = f"step {number + 1} ({step.method}) on {module.name}"
     if step.definition.linear is not None and before.grid is not None:
         raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
+    if step.definition.transform is not None and earlier:
+        raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
     if module.kind == "embedding" and step.definition.needs(step.options):
         raise PlanError(
             f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step of their "

@@ -33,6 +33,7 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj"
         (spec(64, 96, transposed=True), Scheme(grid(4, 32)), "Conv1D"),
         (spec(64, 96), Scheme(activations=8), "only together with its weight"),
         (spec(64, 96, "embedding"), Scheme(grid(8, None), activations=8), "token number"),
+        (spec(64, 96, name="model.decoder.layers.3.fc1"), Scheme(grid(8, None), activations=8), "OPT flattens"),
         (spec(64, 96, name=EXPERT), Scheme(grid(4, 32, False)), "experts only with symmetric"),
         (spec(64, 96, name=EXPERT), Scheme(grid(8, None), activations=8), "without `activations`"),
     ],
@@ -162,5 +163,5 @@ def test_a_damaged_native_checkpoint_does_not_load(wrong, tiny_model, tmp_path):
     else:
         tensors[f"{name}_values"] = torch.zeros(3)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises((FormatError, RuntimeError), match="up_proj|model.norm|conversion of the weights"):
+    with pytest.raises((FormatError, RuntimeError), match=r"up_proj|model\.norm|conversion of the weights"):
         AutoModelForCausalLM.from_pretrained(item.directory)

@@ -37,7 +37,8 @@ _CODE_LINE = re.compile(
     re.MULTILINE,
 )
 _THREE_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,} [a-z]{2,}")
-_LETTERS = 0.88  # smallest share of letters and white space in a paragraph of prose
+_SIGN = re.compile(r"[^\w\s]|[\d_]")
+_SIGNS = 0.12  # largest share of digits, punctuation and other signs in a paragraph of prose
 _SHORTEST = 40  # characters
 _PIECE = 6000  # characters: documents are cut near here, so that one long file does not fill the first windows
 _EVALUATION_SHARE = 5  # one source in five is for evaluation
@@ -119,8 +120,7 @@ def _is_prose(paragraph: str, words: str) -> bool:
         return False
     if ">>>" in paragraph or _CODE_LINE.search(paragraph):
         return False
-    letters = sum(character.isalpha() or character.isspace() for character in paragraph)
-    return letters >= _LETTERS * len(paragraph)
+    return len(_SIGN.findall(paragraph)) <= _SIGNS * len(paragraph)
 
 
 def _pieces(paragraphs: tuple[str, ...]) -> Iterator[str]:

@@ -52,7 +52,8 @@ class Comparison:
 
     Perplexity is exp of the mean over all `L - 1` predictions of every window. KL is summed as
     `p (log p - log q) + q - p`, whose terms are all >= 0 and whose sum is the KL divergence of normalised `p` and
-    `q`: a rounding error in a normaliser enters squared, so tiny divergences stay exact and equal logits give 0.
+    `q`: a rounding error in a normaliser enters squared, so small divergences stay accurate (to some 1e-8) and
+    equal logits give exactly 0.
     """
 
     def __init__(self) -> None:

@@ -47,6 +47,10 @@ class Declared(NamedTuple):
 _LIVE_HEAD = "lm_head"
 """transformers calls the head so even where the checkpoint has another name (GPT-NeoX: embed_out)."""
 
+_FLATTENED = re.compile(r"(^|\.)decoder\.layers\.\d+\.fc[12]$")
+"""Linears that get all tokens of a batch as one matrix (OPT). For inputs of two dimensions the loader takes one scale
+for the whole matrix, not one per token: results would depend on what else is in the batch."""
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -231,6 +235,11 @@ def _module_problems(module: ModuleSpec, scheme: Scheme, grid: IntegerGrid) -> l
         problems.append(
             f"{name}: transformers reads experts only with symmetric weights and without `activations`; "
             "use `symmetric: true` and no `activations`, or format native for zero points"
+        )
+    if scheme.activations is not None and _FLATTENED.search(name):
+        problems.append(
+            f"{name}: OPT flattens the batch before it, and transformers would quantise all its tokens with one scale; "
+            "ignore fc1 and fc2, or use format native"
         )
     if scheme.activations is not None and module.kind == "embedding":
         problems.append(f"{name}: the input of an embedding is a token number; drop `activations`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.pipeline.fold import fold, foldable
 from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
+from penjing.pipeline.parallel import side_by_side
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, Masked, Representation
@@ -162,8 +162,8 @@ class BlockCompressor:
             if step.definition.transform is not None:
                 self._transform(step, module, calls, set(members))
             if step.definition.linear is not None:
-                for cluster in self.clusters:
-                    self._compress(step, [name for name in cluster if name in members])
+                clusters = [[name for name in cluster if name in members] for cluster in self.clusters]
+                self._compress(step, [cluster for cluster in clusters if cluster])
 
     def _transform(self, step: Step, module: nn.Module, calls: Mapping[str, list[Call]], members: set[str]) -> None:
         groups = [group for group in self.foldable_groups() if members.issuperset(group.linears)]
@@ -176,31 +176,33 @@ class BlockCompressor:
                     statistic.rescale(scale)
                     rescaled.add(id(statistic))
 
-    def _compress(self, step: Step, cluster: Sequence[str]) -> None:
+    def _compress(self, step: Step, clusters: Sequence[Sequence[str]]) -> None:
         """Run a linear-level step; rows of linears that share an input go in one call when the method allows it."""
-        if not cluster:
-            return
-        together = [list(cluster)] if step.definition.row_wise(step.options) else [[name] for name in cluster]
-        for names in together:
-            weights = [self._current(name) for name in names]
-            masks = [self._kept(name) for name in names]
-            given = LinearInput(
-                torch.cat(weights),
-                self.statistics.get(names[0], {}),
-                torch.cat([_all_kept(mask, weight) for mask, weight in zip(masks, weights, strict=True)])
-                if any(mask is not None for mask in masks)
-                else None,
-                self.plan.dtype,
-                tuple((name, len(weight)) for name, weight in zip(names, weights, strict=True)),
-            )
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                result = step.definition.linear(given, step.options)
+        together = step.definition.row_wise(step.options)
+        stacks = clusters if together else [[name] for cluster in clusters for name in cluster]
+        done = side_by_side(lambda names: self._run_linear(step, names), stacks)
+        for names, (result, warned) in zip(stacks, done, strict=True):
             start = 0
-            for name, weight in zip(names, weights, strict=True):
-                self.done[name] = result.rows(start, start + weight.shape[0])
-                self.notes[name] += [str(warning.message) for warning in caught]
-                start += weight.shape[0]
+            for name in names:
+                rows = self.rows[name].module.shape[0]
+                self.done[name] = result.rows(start, start + rows)
+                self.notes[name] += warned
+                start += rows
+
+    def _run_linear(self, step: Step, names: Sequence[str]) -> Representation:
+        weights = [self._current(name) for name in names]
+        masks = [self._kept(name) for name in names]
+        kept = None
+        if any(mask is not None for mask in masks):
+            kept = torch.cat([_all_kept(mask, weight) for mask, weight in zip(masks, weights, strict=True)])
+        given = LinearInput(
+            weight=torch.cat(weights),
+            statistics=self.statistics.get(names[0], {}),
+            kept=kept,
+            storage_dtype=self.plan.dtype,
+            parts=tuple((name, len(weight)) for name, weight in zip(names, weights, strict=True)),
+        )
+        return step.definition.linear(given, step.options)
 
     def _current(self, name: str) -> Tensor:
         return self.done[name].dense().float() if name in self.done else self.tensors[f"{name}.weight"]
