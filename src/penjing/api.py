@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Evaluation:
 
 def inspect(model: Model, *, trust_remote_code: bool = False) -> Inspection:
     """What is in a model; reads headers, no weights. Raises CheckpointError."""
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, weights=False)
     specs = checkpoint.specs()
     layout = layout_of(checkpoint.config, specs or None, trust_remote_code=trust_remote_code)
     size = sum(spec.nbytes for spec in specs.values())
@@ -109,7 +110,7 @@ def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_re
     Raises RecipeError, CheckpointError or PlanError, whichever names the first problem.
     """
     chosen = load_recipe(recipe)
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, weights=False)
     layout = layout_of(checkpoint.config, checkpoint.specs() or None, trust_remote_code=trust_remote_code)
     return make_plan(checkpoint, layout, chosen)
 
@@ -178,7 +179,7 @@ def compare(
     """
     checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
     text = TextSource(checkpoints[0]).evaluation(data, windows, length)
-    reference = None
+    reference: measure.Candidate | None = None
     results = []
     for checkpoint in checkpoints:
         layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
@@ -186,12 +187,8 @@ def compare(
         stream = StreamedModel(
             checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code
         )
-        stage = f"evaluate {checkpoint.label}"
-        candidate = measure.run(
-            stream,
-            text.tokens,
-            lambda index, stage=stage, blocks=layout.blocks: progress(stage, index + 1, blocks, ""),
-        )
+        advanced = partial(measure.report_block, progress, f"evaluate {checkpoint.label}", layout.blocks)
+        candidate = measure.run(stream, text.tokens, advanced)
         quality = measure.compare(candidate, text.tokens, reference).result()
         against = None if reference is None else checkpoints[0].label
         size = weight_bytes(checkpoint.path)

@@ -19,7 +19,11 @@ from penjing.models.layout import Layout, ModuleSpec
 from penjing.recipe import Recipe, Step, did_you_mean
 from penjing.representations import Scheme
 
-TARGET_GROUPS = {"linear": "every linear of the decoder blocks", "embedding": "the token embedding", "lm_head": "the head"}
+TARGET_GROUPS = {
+    "linear": "every linear of the decoder blocks",
+    "embedding": "the token embedding",
+    "lm_head": "the head",
+}
 """Names that a recipe may use in `targets` and `ignore` besides module names and globs over them."""
 
 
@@ -128,7 +132,8 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
     """Resolve `recipe` for a model. Raises PlanError naming module, rule and fix; reads no weight."""
     if format_of(checkpoint.config).name != "dense":
         raise PlanError(
-            f"{checkpoint.label} is already compressed ({format_of(checkpoint.config).name}); start from the dense model"
+            f"{checkpoint.label} is already compressed ({format_of(checkpoint.config).name}); "
+            "start from the dense model"
         )
     dtype = storage_dtype(checkpoint.config, recipe)
     assigned, warnings = _assign(recipe, layout)
@@ -234,7 +239,9 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
     problems = [] if scheme.dense else target.problems(module, scheme)
     if problems:
         if recipe.on_unsupported == "error":
-            raise PlanError(f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}")
+            raise PlanError(
+                f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}"
+            )
         return PlanRow(module, (), Scheme(), plain, plain, "; ".join(problems))
     return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype))
 
@@ -247,8 +254,8 @@ def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, ear
         raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
     if module.kind == "embedding" and step.definition.needs(step.options):
         raise PlanError(
-            f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step of their "
-            "own, `method: rtn` with `targets: [embedding]`"
+            f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step "
+            "of their own, `method: rtn` with `targets: [embedding]`"
         )
     if step.activations and step.definition.linear is None:
         raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
@@ -278,7 +285,7 @@ def _blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether any step looks at activations."""
-    return any(step.definition.scores or step.definition.needs(step.options) for step in recipe.steps)
+    return any(step.definition.select or step.definition.needs(step.options) for step in recipe.steps)
 
 
 def _memory(recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> dict[str, int]:

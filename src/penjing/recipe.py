@@ -1,16 +1,16 @@
 """A recipe is data: a list of steps, what to calibrate on, which format to write. Unknown keys are errors.
 
-    version: 1
-    steps:
-      - method: shortgpt
-        drop: 4
-      - method: gptq
-        targets: [linear]
-        ignore: ["*.down_proj"]
-        bits: 4
-        group_size: 64
-    calibration: {data: corpus.txt, samples: 128, length: 2048, seed: 0}
-    format: compressed-tensors
+version: 1
+steps:
+  - method: shortgpt
+    drop: 4
+  - method: gptq
+    targets: [linear]
+    ignore: ["*.down_proj"]
+    bits: 4
+    group_size: 64
+calibration: {data: corpus.txt, samples: 128, length: 2048, seed: 0}
+format: compressed-tensors
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Recipe(_Section):
         "auto", description="of the tensors that stay dense and of scales; `auto`: the model's own"
     )
     propagate: Literal["compressed", "original"] = Field(
-        "compressed", description="what the next block is calibrated on: outputs of the compressed block or the original"
+        "compressed",
+        description="what the next block is calibrated on: outputs of the compressed block or the original",
     )
     on_unsupported: Literal["error", "dense"] = Field(
         "error", description="a module that the format cannot hold: refuse, or leave it dense and report it"
@@ -118,7 +119,9 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """Changes when anything that affects the written weights changes."""
-        relevant = {key: value for key, value in self.as_dict().items() if key not in ("summary", "evaluation", "require")}
+        relevant = {
+            key: value for key, value in self.as_dict().items() if key not in ("summary", "evaluation", "require")
+        }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 

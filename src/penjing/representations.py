@@ -88,10 +88,10 @@ class Quantized:
     def decode(self, codes: Tensor) -> Tensor:
         """Values that `codes` (N, K) would have with these scales and zero points."""
         columns = codes.shape[1]
-        scale, zero = self._per_column(self.scale.float(), columns), 0
-        if self.zero_point is not None:
-            zero = self._per_column(self.zero_point.float(), columns)
-        return (codes.float() - zero) * scale
+        scale = self._per_column(self.scale.float(), columns)
+        if self.zero_point is None:
+            return codes.float() * scale
+        return (codes.float() - self._per_column(self.zero_point.float(), columns)) * scale
 
     def _per_column(self, per_group: Tensor, columns: int) -> Tensor:
         if self.group_index is not None:

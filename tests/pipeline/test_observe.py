@@ -1,5 +1,7 @@
 """Statistics are taken once per distinct input, and a forward pass ends when there is nothing more to see."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -31,10 +33,8 @@ def observe(module: nn.Module, needs: dict, windows: list[torch.Tensor]) -> Obse
     with Observer(module, find, needs) as observer:
         for window in windows:
             observer.start_forward()
-            try:
+            with contextlib.suppress(EnoughSeen):
                 module(window)
-            except EnoughSeen:
-                pass
     return observer
 
 

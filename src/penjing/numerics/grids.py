@@ -111,7 +111,8 @@ class IntegerGrid:
         whole = columns // width * width
         fitted = [self.fit(weight[:, :whole].reshape(rows, -1, width))] if whole else []
         if whole < columns:
-            fitted.append(tuple(part.unsqueeze(1) for part in self.fit(weight[:, whole:])))
+            scale, zero = self.fit(weight[:, whole:])
+            fitted.append((scale.unsqueeze(1), zero.unsqueeze(1)))
         scales, zeros = zip(*fitted, strict=True)
         return torch.cat(scales, 1), torch.cat(zeros, 1)
 

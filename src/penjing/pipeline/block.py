@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import CalibrationError, VerificationError
-from penjing.methods.base import BlockInput, Call, LinearInput
+from penjing.methods.base import BlockInput, Call, LinearFunction, LinearInput, TransformFunction
 from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.pipeline.fold import fold, foldable
@@ -160,15 +160,22 @@ class BlockCompressor:
             if not members:
                 continue
             if step.definition.transform is not None:
-                self._transform(step, module, calls, set(members))
+                self._transform(step.definition.transform, step, module, calls, set(members))
             if step.definition.linear is not None:
                 clusters = [[name for name in cluster if name in members] for cluster in self.clusters]
-                self._compress(step, [cluster for cluster in clusters if cluster])
+                self._compress(step.definition.linear, step, [cluster for cluster in clusters if cluster])
 
-    def _transform(self, step: Step, module: nn.Module, calls: Mapping[str, list[Call]], members: set[str]) -> None:
+    def _transform(
+        self,
+        transform: TransformFunction,
+        step: Step,
+        module: nn.Module,
+        calls: Mapping[str, list[Call]],
+        members: set[str],
+    ) -> None:
         groups = [group for group in self.foldable_groups() if members.issuperset(group.linears)]
         given = BlockInput(module, groups, self.statistics, calls, self.plan.dtype)
-        for group, scale in step.definition.transform(given, step.options).items():
+        for group, scale in transform(given, step.options).items():
             fold(group, scale, self.tensors, self.plan.layout)
             rescaled: set[int] = set()
             for statistic in (statistic for linear in group.linears for statistic in self.statistics[linear].values()):
@@ -176,11 +183,11 @@ class BlockCompressor:
                     statistic.rescale(scale)
                     rescaled.add(id(statistic))
 
-    def _compress(self, step: Step, clusters: Sequence[Sequence[str]]) -> None:
+    def _compress(self, linear: LinearFunction, step: Step, clusters: Sequence[Sequence[str]]) -> None:
         """Run a linear-level step; rows of linears that share an input go in one call when the method allows it."""
         together = step.definition.row_wise(step.options)
         stacks = clusters if together else [[name] for cluster in clusters for name in cluster]
-        done = side_by_side(lambda names: self._run_linear(step, names), stacks)
+        done = side_by_side(lambda names: linear(self._linear_input(names), step.options), stacks)
         for names, (result, warned) in zip(stacks, done, strict=True):
             start = 0
             for name in names:
@@ -189,20 +196,19 @@ class BlockCompressor:
                 self.notes[name] += warned
                 start += rows
 
-    def _run_linear(self, step: Step, names: Sequence[str]) -> Representation:
+    def _linear_input(self, names: Sequence[str]) -> LinearInput:
         weights = [self._current(name) for name in names]
         masks = [self._kept(name) for name in names]
         kept = None
         if any(mask is not None for mask in masks):
             kept = torch.cat([_all_kept(mask, weight) for mask, weight in zip(masks, weights, strict=True)])
-        given = LinearInput(
+        return LinearInput(
             weight=torch.cat(weights),
             statistics=self.statistics.get(names[0], {}),
             kept=kept,
             storage_dtype=self.plan.dtype,
             parts=tuple((name, len(weight)) for name, weight in zip(names, weights, strict=True)),
         )
-        return step.definition.linear(given, step.options)
 
     def _current(self, name: str) -> Tensor:
         return self.done[name].dense().float() if name in self.done else self.tensors[f"{name}.weight"]
@@ -220,7 +226,9 @@ class BlockCompressor:
         module, dtype = row.module, self.plan.dtype
         parts = dict(zip(module.tensors, module.tensor_names(), strict=True))
         packed = {
-            full: self.tensors[full.removeprefix(self.prefix)].to(dtype) for key, full in parts.items() if key != "weight"
+            full: self.tensors[full.removeprefix(self.prefix)].to(dtype)
+            for key, full in parts.items()
+            if key != "weight"
         }
         if "weight" not in parts:
             return ModuleResult(module, packed, notes=self.notes[name])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -18,8 +18,9 @@ from penjing.errors import PlanError, QualityError
 from penjing.evaluation.card import model_card
 from penjing.evaluation.html import html_page
 from penjing.evaluation.metrics import Quality
-from penjing.evaluation.report import ModuleRow, Report, Skipped, Software, Source
+from penjing.evaluation.report import Report, Skipped, Software, Source
 from penjing.evaluation.size import PeakMemory, Stages, weight_bytes
+from penjing.evaluation.windows import Protocol
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.pipeline import measure
 from penjing.pipeline.journal import Fingerprint, Journal
@@ -139,18 +140,18 @@ def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list
     names = list(range(job.layout.blocks))
     removed: list[tuple[int, str]] = []
     steps = list(job.recipe.steps)
-    while steps and steps[0].definition.select is not None:
+    while job.calibration and steps and (selection := steps[0].definition.select):
         step = steps.pop(0)
         scores = score_blocks(
             checkpoint,
             plan.layout,
             job.calibration.tokens,
-            step.definition.scores,
+            selection.scores,
             dtype=job.dtype,
             progress=progress,
             trust_remote_code=job.trust_remote_code,
         )
-        gone = set(step.definition.select(scores, step.options))
+        gone = set(selection.choose(scores, step.options))
         removed += [(names[index], f"{step.method}: score {scores[index]:.4f}") for index in sorted(gone)]
         keep = [index for index in range(len(names)) if index not in gone]
         names = [names[index] for index in keep]
@@ -166,7 +167,7 @@ _NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path")
 
 def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) -> None:
     """Everything a model directory needs beside its shards."""
-    total = sum(row["bytes"] for row in walk.rows)
+    total = sum(row.bytes for row in walk.rows)
     write_index(job.directory, walk.shards, total)
     schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
@@ -191,16 +192,12 @@ def _evaluate(job: Job, progress: Progress) -> Quality | None:
         stream = StreamedModel(
             checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=job.trust_remote_code
         )
-        advance = partial(_advance, progress, f"evaluate {label}", layout.blocks)
-        candidate = measure.run(stream, tokens, advance)
+        advanced = partial(measure.report_block, progress, f"evaluate {label}", layout.blocks)
+        candidate = measure.run(stream, tokens, advanced)
         if reference is not None:
             quality = measure.compare(candidate, tokens, reference).result()
         reference = candidate
     return quality
-
-
-def _advance(progress: Progress, stage: str, blocks: int, index: int) -> None:
-    progress(stage, index + 1, blocks, "")
 
 
 def _report(
@@ -227,10 +224,7 @@ def _report(
         recipe=job.recipe.as_dict(),
         format=plan.format.name,
         source=source,
-        modules=tuple(
-            ModuleRow(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-            for row in walk.rows
-        ),
+        modules=tuple(walk.rows),
         predicted_bytes=plan.bytes,
         bytes=weight_bytes(job.directory),
         software=Software.here(),
@@ -246,7 +240,7 @@ def _report(
     )
 
 
-def _in_dtype(text: Text, dtype: torch.dtype) -> Any:
+def _in_dtype(text: Text, dtype: torch.dtype) -> Protocol:
     return replace(text.protocol, dtype=str(dtype).removeprefix("torch."))
 
 
@@ -257,12 +251,13 @@ def _require(recipe: Recipe, report: Report) -> None:
         raise QualityError(f"the result has {report.bytes:,} bytes, the recipe allows {limits.max_bytes:,}")
     if quality is None:
         return
-    if limits.max_kl is not None and quality.kl > limits.max_kl:
-        raise QualityError(f"KL to the dense model is {quality.kl:.4f} nats per token, the recipe allows {limits.max_kl}")
-    ratio = (quality.perplexity or float("inf")) / quality.reference_perplexity
-    if limits.max_perplexity_ratio is not None and not ratio <= limits.max_perplexity_ratio:
+    if limits.max_kl is not None and quality.kl is not None and quality.kl > limits.max_kl:
         raise QualityError(
-            f"perplexity is {ratio:.3f} times the dense model's, the recipe allows {limits.max_perplexity_ratio}"
+            f"KL to the dense model is {quality.kl:.4f} nats per token, the recipe allows {limits.max_kl}"
         )
-
-
+    if limits.max_perplexity_ratio is not None and quality.reference_nll is not None:
+        ratio = math.exp(min(quality.nll - quality.reference_nll, 700))
+        if ratio > limits.max_perplexity_ratio:
+            raise QualityError(
+                f"perplexity is {ratio:.3f} times the dense model's, the recipe allows {limits.max_perplexity_ratio}"
+            )

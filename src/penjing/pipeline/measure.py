@@ -29,6 +29,11 @@ def run(stream: StreamedModel, tokens: Tensor, on_block: Callable[[int], None] |
     return Candidate(stream, stream.forward(tokens, torch.float32, on_block))
 
 
+def report_block(progress: Callable[[str, int, int, str], None], stage: str, blocks: int, index: int) -> None:
+    """Tell a progress callback that block `index` is done."""
+    progress(stage, index + 1, blocks, "")
+
+
 def compare(candidate: Candidate, tokens: Tensor, reference: Candidate | None = None) -> Comparison:
     """Metrics of a model on token windows (S, T), against a reference model when one is given."""
     comparison = Comparison()

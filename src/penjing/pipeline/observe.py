@@ -29,7 +29,10 @@ class Observer:
     """
 
     def __init__(
-        self, block: nn.Module, find: Callable[[nn.Module, str], nn.Module], needs: Mapping[str, Iterable[StatisticType]]
+        self,
+        block: nn.Module,
+        find: Callable[[nn.Module, str], nn.Module],
+        needs: Mapping[str, Iterable[StatisticType]],
     ) -> None:
         self._needs = {name: tuple(types) for name, types in needs.items()}
         self._linears = {name: find(block, name) for name in self._needs}
@@ -49,11 +52,10 @@ class Observer:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         self._last = None
-        return False
 
     def start_forward(self) -> None:
         """Call before every forward pass of the block."""

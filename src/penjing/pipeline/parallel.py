@@ -31,7 +31,7 @@ def side_by_side(function: Callable[[Task], Result], tasks: Sequence[Task]) -> l
         heard = said[threading.get_ident()] = []
         return function(task), heard
 
-    def hear(message: Warning | str, *_: object) -> None:
+    def hear(message: Warning | str, *_: object, **__: object) -> None:
         said.get(threading.get_ident(), []).append(str(message))
 
     with warnings.catch_warnings():

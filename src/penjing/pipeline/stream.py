@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class StreamedModel:
         self.layout = layout
         self.source = source
         self.model = build_model(dict(config), layout, trust_remote_code=trust_remote_code)
-        self._blocks: nn.ModuleList = find(self.model, layout.block_path)
+        self._blocks = cast(nn.ModuleList, find(self.model, layout.block_path))
         self._returns_tuple = False
         self._calls: dict[tuple[int, torch.dtype], list[BlockCall]] = {}
 

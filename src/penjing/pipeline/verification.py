@@ -93,15 +93,14 @@ def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple
     """Logits through Penjing's own reader; every stored tensor must be consumed."""
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     consumed: set[str] = set()
-    load = checkpoint.load
 
-    def loading(name: str) -> Tensor:
+    def load(name: str) -> Tensor:
         consumed.add(name)
-        return load(name)
+        return checkpoint.load(name)
 
-    checkpoint.load = loading
-    layout = layout_of(checkpoint.config)
-    stream = StreamedModel(checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code)
+    layout = layout_of(checkpoint.config, trust_remote_code=trust_remote_code)
+    weights = Weights(checkpoint, layout, load)
+    stream = StreamedModel(checkpoint.config, layout, weights.live, trust_remote_code=trust_remote_code)
     states = stream.forward(tokens, torch.float32)
     with stream.head(torch.float32) as head:
         logits = head(states)
@@ -137,6 +136,7 @@ def _difference(how: str, logits: Tensor, expected: Tensor) -> float:
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise VerificationError(
-            f"{how}, the model's logits differ from those in memory by {difference:.2e} of the largest (limit {TOLERANCE})"
+            f"{how}, the model's logits differ from those in memory by {difference:.2e} of the largest "
+            f"(limit {TOLERANCE})"
         )
     return difference

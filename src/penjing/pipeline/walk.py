@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import OutputError
+from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
 from penjing.pipeline.block import BlockCompressor, ModuleResult
@@ -35,20 +36,22 @@ Progress = Callable[[str, int, int, str], None]
 
 PROBE_TOKENS = 64
 
+_ROWS = TypeAdapter(list[ModuleRow])
+
 
 @dataclass(frozen=True)
 class WalkResult:
     """What a walk leaves behind besides files.
 
     shards        file name -> tensors in it
-    rows          one entry per module: what it became, its error, bytes written, notes
+    rows          one line of the report per module
     block_errors  ||f'(x) - f(x)|| / ||f(x)|| of each block on the probe's hidden states
     probe_tokens  token ids (1, T)
     probe_logits  the logits (T, V) fp32 that the compressed model gives for them
     """
 
     shards: dict[str, list[str]]
-    rows: list[dict[str, Any]]
+    rows: list[ModuleRow]
     block_errors: list[float]
     probe_tokens: Tensor
     probe_logits: Tensor
@@ -104,7 +107,7 @@ class Walk:
         notes = {path.name: self.journal.shards[path.name]["notes"] for path in self._written.values()}
         return WalkResult(
             shards={shard: note["tensors"] for shard, note in notes.items()},
-            rows=[row for note in notes.values() for row in note["rows"]],
+            rows=[row for note in notes.values() for row in _ROWS.validate_python(note["rows"])],
             block_errors=block_errors,
             probe_tokens=probe_tokens,
             probe_logits=probe_logits,
@@ -137,17 +140,19 @@ class Walk:
 
     def _compress_block(self, index: int, states: Tensor | None, modules: Sequence[ModuleSpec]) -> list[ModuleResult]:
         compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index])
-        if not compressor.needs():
+        if states is None or not compressor.needs():
             return compressor.finish(nn.Module(), {})
         with self._stream.block(index, self.dtype) as block:
-            calls = compressor.observe(block, [partial(self._stream.run, block, index, batch) for batch in batches(states)])
+            calls = compressor.observe(
+                block, [partial(self._stream.run, block, index, batch) for batch in batches(states)]
+            )
             return compressor.finish(block, calls)
 
     def _outside(self, modules: Sequence[ModuleSpec], states: Tensor | None = None) -> list[ModuleResult]:
         """Embeddings, final norm and head."""
         compressor = self._compressor(modules, "", ())
         calls: dict[str, list[Call]] = {}
-        if compressor.needs():
+        if states is not None and compressor.needs():
             with self._stream.head(self.dtype) as logits:
                 calls = compressor.observe(
                     self._stream.model, [partial(logits, window.unsqueeze(0)) for window in states]
@@ -167,29 +172,30 @@ class Walk:
         if modules and self.journal.finished(path.name) is None:
             results = make(modules)
             tensors = {name: tensor for result in results for name, tensor in result.packed.items()}
+            rows = [self._row(result) for result in results]
             write_shard(path, tensors)
-            self.journal.add(path.name, {"tensors": sorted(tensors), "rows": [self._row(result) for result in results]})
+            self.journal.add(path.name, {"tensors": sorted(tensors), "rows": _ROWS.dump_python(rows, mode="json")})
         self._written |= dict.fromkeys((module.name for module in modules), path)
         self._cache.clear()
 
-    def _row(self, result: ModuleResult) -> dict[str, Any]:
+    def _row(self, result: ModuleResult) -> ModuleRow:
         """One line of the report."""
         row = self._rows[result.module.name]
-        return {
-            "name": result.module.name,
-            "kind": result.module.kind,
-            "block": result.module.block,
-            "shape": list(result.module.tensors.get("weight", ())),
-            "steps": [self.plan.recipe.steps[step].method for step in row.steps],
-            "scheme": describe(row.scheme),
-            "bits": row.scheme.grid.bits if row.scheme.grid else None,
-            "predicted_bytes": row.bytes,
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in result.packed.values()),
-            "error": result.error,
-            "error_kind": result.error_kind,
-            "tokens": result.tokens,
-            "notes": [*result.notes, *([f"left dense: {row.note}"] if row.note else [])],
-        }
+        return ModuleRow(
+            name=result.module.name,
+            kind=result.module.kind,
+            block=result.module.block,
+            shape=tuple(result.module.tensors.get("weight", ())),
+            steps=tuple(self.plan.recipe.steps[step].method for step in row.steps),
+            scheme=describe(row.scheme),
+            bits=row.scheme.grid.bits if row.scheme.grid else None,
+            predicted_bytes=row.bytes,
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in result.packed.values()),
+            error=result.error,
+            error_kind=result.error_kind,
+            tokens=result.tokens,
+            notes=(*result.notes, *([f"left dense: {row.note}"] if row.note else [])),
+        )
 
     def _source(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module as written if its shard is done, as in the dense model before."""

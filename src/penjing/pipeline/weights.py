@@ -46,15 +46,14 @@ def decode_module(
 class Weights:
     """Modules of a checkpoint on disk. Nothing is kept: every call reads."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        self.checkpoint = checkpoint
-        self.layout = layout
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, load: Callable[[str], Tensor] | None = None) -> None:
+        self._load = load or checkpoint.load
         self.format: Format = format_of(checkpoint.config)
         self.schemes: Mapping[str, Scheme] = self.format.schemes(checkpoint.config, layout.modules)
 
     def live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module ready to run."""
-        return decode_module(module, self.schemes.get(module.name), self.format, self.checkpoint.load, dtype)
+        return decode_module(module, self.schemes.get(module.name), self.format, self._load, dtype)
 
 
 def modules_outside_blocks(layout: Layout) -> tuple[Sequence[ModuleSpec], Sequence[ModuleSpec]]:

@@ -1,0 +1,330 @@
+"""One table of cases: compress, write, load in a fresh process as a user would, compare logits, evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from penjing import api
+from penjing.errors import PlanError
+from penjing.evaluation.report import Report, read_report
+from penjing.formats import FORMATS
+from penjing.methods import METHODS
+from penjing.pipeline import load_probe
+from penjing.pipeline.verification import TOLERANCE
+from runs import compress, recipe, texts
+from tiny_models import FAMILIES
+
+pytest.importorskip("compressed_tensors")
+
+Step = dict[str, Any]
+
+NO_NORM_BEFORE = ("olmo2",)
+"""Families in which no norm feeds a linear, so that nothing can be smoothed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on a tiny model. `exact`: the plan can know the bytes, since no step prunes a fraction."""
+
+    steps: tuple[Step, ...]
+    format: str = "compressed-tensors"
+    family: str = "llama"
+    model: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        return not any("sparsity" in step for step in self.steps)
+
+
+def step(method: str, **keys: Any) -> Step:
+    return {"method": method, **keys}
+
+
+def four(method: str, **keys: Any) -> Step:
+    """Four bits in groups of 32, which divide the tiny models' widths."""
+    return step(method, **({"bits": 4, "group_size": 32} | keys))
+
+
+W8A8 = step("rtn", bits=8, group_size="channel", activations={"bits": 8})
+
+QUANTISED: dict[str, tuple[Step, ...]] = {
+    "rtn": (four("rtn"),),
+    "rtn 2 bits": (four("rtn", bits=2, group_size=16),),
+    "rtn 3 bits": (four("rtn", bits=3),),
+    "rtn 5 bits": (four("rtn", bits=5),),
+    "rtn 8 bits": (four("rtn", bits=8),),
+    "rtn channel": (four("rtn", group_size="channel"),),
+    "rtn tensor": (four("rtn", group_size="tensor"),),
+    "rtn asymmetric": (four("rtn", symmetric=False),),
+    "rtn channel asymmetric": (four("rtn", group_size="channel", symmetric=False),),
+    "rtn narrow": (four("rtn", scale_rule="narrow"),),
+    "rtn signed-max": (four("rtn", scale_rule="signed-max"),),
+    "rtn W8A8": (W8A8,),
+    "gptq": (four("gptq"),),
+    "gptq natural": (four("gptq", order="natural"),),
+    "gptq natural, late groups": (four("gptq", order="natural", static_groups=False),),
+    "gptq by group": (four("gptq", order="group-activation", static_groups=False),),
+    "gptq tensor": (four("gptq", group_size="tensor"),),
+    "gptq asymmetric 3 bits": (four("gptq", bits=3, symmetric=False),),
+    "gptq W8A8": (step("gptq", bits=8, group_size="channel", activations={"bits": 8}),),
+    "awq": (four("awq", steps=4),),
+    "awq duo, symmetric, unclipped": (four("awq", steps=4, scaling="duo", symmetric=True, clip=False),),
+    "smoothquant, rtn W8A8": (step("smoothquant"), W8A8),
+    "smoothquant, gptq": (step("smoothquant", alpha=0.8), four("gptq")),
+    "two parts": (four("gptq", targets=["*.mlp.*"]), four("rtn", targets=["*.self_attn.*"])),
+    "magnitude, gptq": (step("magnitude", sparsity=0.3), four("gptq")),
+    "wanda 2:4, gptq": (step("wanda", pattern="2:4"), four("gptq")),
+    "sparsegpt with bits": (four("sparsegpt", sparsity=0.4),),
+    "sparsegpt 2:4 with bits": (four("sparsegpt", pattern="2:4", symmetric=False),),
+    "shortgpt, wanda, gptq": (step("shortgpt", drop=1), step("wanda", sparsity=0.25), four("gptq")),
+    "head": (four("gptq", targets=["linear", "lm_head"]),),
+    "embedding and head": (four("rtn", targets=["linear", "embedding", "lm_head"]),),
+}
+"""What both formats with codes can hold; the dense format writes the same values as plain tensors."""
+
+PRUNED: dict[str, tuple[Step, ...]] = {
+    "magnitude": (step("magnitude", sparsity=0.5),),
+    "magnitude by row": (step("magnitude", sparsity=0.37, scope="row"),),
+    "magnitude 2:4": (step("magnitude", pattern="2:4"),),
+    "wanda": (step("wanda", sparsity=0.5),),
+    "wanda 4:8": (step("wanda", pattern="4:8"),),
+    "sparsegpt": (step("sparsegpt", sparsity=0.5),),
+    "sparsegpt 2:4": (step("sparsegpt", pattern="2:4"),),
+    "shortgpt": (step("shortgpt", drop=2),),
+    "smoothquant": (step("smoothquant"),),
+}
+
+ONLY_NATIVE: dict[str, Case] = {
+    "gptq scattered groups": Case((four("gptq", static_groups=False),), "native"),
+    "groups that do not divide": Case((four("rtn", bits=3, group_size=40, targets=["linear", "embedding"]),), "native"),
+    "gptq, groups that do not divide": Case((four("gptq", group_size=40),), "native"),
+    "embedding on another grid": Case(
+        (four("gptq"), step("rtn", targets=["embedding"], bits=8, group_size="channel")), "native"
+    ),
+}
+
+TIED: dict[str, Case] = {
+    f"tied, {name}, {format}": Case(steps, format, model={"tied": True})
+    for format in ("compressed-tensors", "native")
+    for name, steps in {
+        "linears": (four("gptq"),),
+        "embedding": (four("rtn", targets=["linear", "lm_head"]),),
+    }.items()
+}
+
+UNLISTED = {"model_type": "olmo2"}
+"""A decoder without a family file: its layout is inferred."""
+
+_IN_FAMILY = {
+    "gptq": (four("gptq"),),
+    "awq": (four("awq", steps=2),),
+    "smoothquant, W8A8": (step("smoothquant"), W8A8),
+}
+
+
+def _families() -> dict[str, Case]:
+    cases = {}
+    for family in FAMILIES:
+        experts = family in ("mixtral", "qwen3_moe")
+        for name, steps in _IN_FAMILY.items():
+            if experts and "W8A8" in name:
+                steps = (step("smoothquant"), four("rtn"))
+            cases[f"{family}, {name}, native"] = Case(steps, "native", family)
+        if family != "gpt2":
+            cases[f"{family}, gptq, compressed-tensors"] = Case((four("gptq"),), "compressed-tensors", family)
+        cases[f"{family}, magnitude, dense"] = Case((step("magnitude", sparsity=0.5),), "dense", family)
+    cases["inferred, gptq, compressed-tensors"] = Case((four("gptq"),), model=UNLISTED)
+    cases["inferred, shortgpt, native"] = Case((step("shortgpt", drop=1), four("rtn")), "native", model=UNLISTED)
+    cases["gemma3, shortgpt, dense"] = Case((step("shortgpt", drop=1),), "dense", "gemma3", {"layers": 3})
+    cases["qwen3_moe, shortgpt, native"] = Case((step("shortgpt", drop=1), four("gptq")), "native", "qwen3_moe")
+    return cases
+
+
+def _llama() -> dict[str, Case]:
+    cases = {}
+    for name, steps in QUANTISED.items():
+        cases[f"{name}, compressed-tensors"] = Case(steps)
+        cases[f"{name}, native"] = Case(steps, "native")
+    for name, steps in PRUNED.items():
+        cases |= {f"{name}, {format}": Case(steps, format) for format in FORMATS}
+    cases["rtn 3 bits, dense"] = Case(QUANTISED["rtn 3 bits"], "dense")
+    cases["gptq, original inputs"] = Case(QUANTISED["gptq"], keys={"propagate": "original"})
+    cases["gptq, bfloat16"] = Case(QUANTISED["gptq"], "native", model={"dtype": "bfloat16"})
+    cases["gptq, float16, compressed-tensors"] = Case(QUANTISED["gptq"], keys={"dtype": "float16"})
+    return cases
+
+
+CASES: dict[str, Case] = {**_llama(), **ONLY_NATIVE, **TIED, **_families()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A written case and the model it came from."""
+
+    case: Case
+    model: Path
+    directory: Path
+    report: Report
+
+
+@pytest.fixture(scope="module")
+def short_texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model, short_texts, tmp_path_factory) -> dict[str, Run | Exception]:
+    folder = tmp_path_factory.mktemp("runs")
+    done: dict[str, Run | Exception] = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        model = tiny_model(case.family, **({"layers": 4} if "shortgpt" in name else {}) | case.model)
+        wanted = recipe(short_texts, *case.steps, format=case.format, **case.keys)
+        try:
+            report = compress(model, wanted, folder / str(number))
+            done[name] = Run(case, model, folder / str(number), report)
+        except Exception as error:
+            done[name] = error
+    return done
+
+
+def run_of(written: dict[str, Run | Exception], name: str) -> Run:
+    run = written[name]
+    if isinstance(run, Exception):
+        raise run
+    return run
+
+
+@pytest.fixture(scope="module")
+def loaded(written, tmp_path_factory) -> dict[str, Any]:
+    """Case -> logits that a fresh process got, or why it failed. Only the native format needs penjing there."""
+    found: dict[str, Any] = {}
+    for native in (False, True):
+        runs = {
+            name: run
+            for name, run in written.items()
+            if not isinstance(run, Exception) and (run.case.format == "native") == native
+        }
+        output = tmp_path_factory.mktemp("loaded")
+        command = [sys.executable, str(Path(__file__).with_name("load_runs.py")), load_probe.__file__, str(output)]
+        command += [str(run.directory) for run in runs.values()] + (["--import", "penjing"] if native else [])
+        subprocess.run(command, check=True, capture_output=True, env=os.environ)
+        told = json.loads((output / "told.json").read_text())
+        assert told["imported"] == native
+        for number, (name, run) in enumerate(runs.items()):
+            found[name] = told["failures"].get(str(run.directory), output / f"{number}.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fresh_process_loads_what_was_in_memory(name: str, written, loaded) -> None:
+    run = run_of(written, name)
+    assert isinstance(loaded[name], Path), loaded[name]
+    expected = load_file(run.directory / ".penjing" / "probe.safetensors")["logits"]
+    with safe_open(loaded[name], "pt") as file:
+        logits, odd = file.get_tensor("logits"), json.loads(file.metadata()["found"])
+    assert odd == {"missing_keys": [], "unexpected_keys": []}
+    torch.testing.assert_close(logits[-len(expected) :], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_tells_what_was_done(name: str, written) -> None:
+    run = run_of(written, name)
+    report = run.report
+    assert read_report(run.directory).as_dict() == report.as_dict()
+    assert report.verification["passed"] and report.verification["difference"] <= TOLERANCE
+    assert report.quality is not None and report.protocol is not None
+    assert math.isfinite(report.quality.kl) and report.quality.kl >= 0
+    assert report.quality.reference_perplexity > 1
+    written_bytes = sum(row.bytes for row in report.modules)
+    if run.case.exact:
+        assert [row.bytes for row in report.modules] == [row.predicted_bytes for row in report.modules]
+        assert report.predicted_bytes == written_bytes
+    assert 0 < report.bytes - written_bytes < 20_000
+    for row in report.modules:
+        assert (row.error is None) == (row.scheme == "dense"), row
+        assert row.error is None or 0 <= row.error < 1.5, row
+    assert len(report.block_errors) == json_config(run)["blocks"]
+
+
+def json_config(run: Run) -> dict[str, Any]:
+    inspected = api.inspect(run.directory)
+    return {"blocks": inspected.layout.blocks, "tied": inspected.layout.tied}
+
+
+def test_every_method_has_a_case() -> None:
+    assert {step["method"] for case in CASES.values() for step in case.steps} == set(METHODS)
+    assert {case.family for case in CASES.values()} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
+def test_tied_stays_tied(name: str, written) -> None:
+    run = run_of(written, name)
+    assert json_config(run)["tied"]
+    names = {key for file in run.directory.glob("*.safetensors") for key in load_file(file)}
+    assert not any(key.startswith("lm_head") for key in names)
+
+
+@pytest.mark.parametrize("name", ["gptq", "shortgpt, wanda, gptq", "embedding and head", "rtn W8A8"])
+def test_formats_with_codes_agree(name: str, written) -> None:
+    """The same recipe gives the same model whatever it is written in."""
+    probes = [
+        load_file(run_of(written, f"{name}, {format}").directory / ".penjing" / "probe.safetensors")["logits"]
+        for format in ("compressed-tensors", "native")
+    ]
+    assert torch.equal(*probes)
+
+
+@pytest.mark.parametrize("name", ["gptq, compressed-tensors", "shortgpt, wanda, gptq, native"])
+@pytest.mark.slow
+def test_verify_and_evaluate_by_themselves(name: str, written, short_texts) -> None:
+    run = run_of(written, name)
+    result = api.verify(run.directory)
+    assert result.how == "transformers" and result.difference <= TOLERANCE
+    measured = api.evaluate(run.directory, against=run.model, **short_texts["evaluation"])
+    assert run.report.quality is not None
+    assert measured.quality.kl == pytest.approx(run.report.quality.kl, rel=1e-5)
+    assert measured.protocol == run.report.protocol
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo2"])
+def test_a_transform_keeps_the_function(family: str, tiny_model, short_texts, tmp_path) -> None:
+    """Scales move between neighbours; with nothing rounded afterwards the logits stay what they were."""
+    model = tiny_model("llama", **UNLISTED) if family == "olmo2" else tiny_model(family)
+    wanted = recipe(short_texts, step("smoothquant", alpha=0.7), format="dense", dtype="float32")
+    compress(model, wanted, tmp_path / "out", evaluated=False)
+    before, after = logits_of(model), logits_of(tmp_path / "out")
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    old, new = weights_of(model), weights_of(tmp_path / "out")
+    moved = [name for name in new if not torch.equal(old[name], new[name])]
+    assert any("norm" in name or "ln_" in name for name in moved) == (family not in NO_NORM_BEFORE), moved
+
+
+def logits_of(directory: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 43).reshape(2, 20), use_cache=False).logits
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def test_compressed_tensors_refuses_groups_that_do_not_divide_and_names_some_that_do(tiny_model, short_texts) -> None:
+    with pytest.raises(PlanError, match=r"group_size 40 does not divide the 64 inputs of .*; .*32.* do"):
+        api.plan(tiny_model("llama"), recipe(short_texts, four("rtn", group_size=40)))
