@@ -6,25 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.errors import PlanError
-from penjing.evaluation.metrics import Quality
-from penjing.evaluation.report import Report
-from penjing.evaluation.size import weight_bytes
-from penjing.evaluation.windows import Protocol
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
-from penjing.pipeline import job, measure
-from penjing.pipeline.stream import StreamedModel
-from penjing.pipeline.text import TextSource
-from penjing.pipeline.verification import Verification
-from penjing.pipeline.verification import verify as _verify
-from penjing.pipeline.walk import Progress
-from penjing.pipeline.weights import Weights
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from penjing.evaluation.metrics import Quality
+    from penjing.evaluation.report import Report
+    from penjing.evaluation.windows import Protocol
+    from penjing.pipeline.measure import Candidate
+    from penjing.pipeline.verification import Verification
+    from penjing.pipeline.walk import Progress
+
+# What walks a model is imported by the functions that walk one: a plan should take no longer than it must.
 
 Model = str | Path
 """`demo`, a model directory, a .gguf file, or a hub id."""
@@ -129,6 +128,8 @@ def compress(
     Interrupted, the same call goes on where it stopped and ends with the same bytes. `evaluated=False` leaves the
     evaluation out (the result is still verified). Raises a PenjingError naming what is wrong.
     """
+    from penjing.pipeline import job
+
     made = job.prepare(
         model, load_recipe(recipe), Path(output), measured=evaluated, trust_remote_code=trust_remote_code
     )
@@ -140,8 +141,10 @@ def verify(directory: str | Path, *, progress: Progress = _silent, trust_remote_
 
     Raises VerificationError naming what differs.
     """
+    from penjing.pipeline import verification
+
     progress("verify", 0, 1, str(directory))
-    result = _verify(Path(directory), engine=True, trust_remote_code=trust_remote_code)
+    result = verification.verify(Path(directory), engine=True, trust_remote_code=trust_remote_code)
     progress("verify", 1, 1, str(directory))
     return result
 
@@ -177,9 +180,15 @@ def compare(
 
     Raises PlanError when vocabularies differ: their logits cannot be compared.
     """
+    from penjing.evaluation.size import weight_bytes
+    from penjing.pipeline import measure
+    from penjing.pipeline.stream import StreamedModel
+    from penjing.pipeline.text import TextSource
+    from penjing.pipeline.weights import Weights
+
     checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
     text = TextSource(checkpoints[0]).evaluation(data, windows, length)
-    reference: measure.Candidate | None = None
+    reference: Candidate | None = None
     results = []
     for checkpoint in checkpoints:
         layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
@@ -197,7 +206,7 @@ def compare(
     return results
 
 
-def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: measure.Candidate | None) -> None:
+def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: Candidate | None) -> None:
     if reference is None:
         return
     expected, found = (each.embedding.shape[0] for each in (reference.stream.layout, layout))

@@ -16,6 +16,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.models.layout import Layout, ModuleSpec
+from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step, did_you_mean
 from penjing.representations import Scheme
 
@@ -47,7 +48,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved job. `rows` speak of the model before blocks are removed."""
+    """The resolved job. `rows` speak of the model before blocks are removed.
+
+    memory   what is in memory at the worst moment, in bytes, by part
+    seconds  forward passes and statistics at the speed of matrix products measured on this machine; what the methods
+             themselves do, verification and evaluation come on top
+    """
 
     label: str
     recipe: Recipe
@@ -57,7 +63,7 @@ class Plan:
     drop: int
     warnings: tuple[str, ...]
     memory: Mapping[str, int]
-    flops: float
+    seconds: float
 
     @property
     def format(self) -> Format:
@@ -96,6 +102,7 @@ class Plan:
             "dense_bytes": self.source_bytes,
             "predicted_bytes": self.bytes,
             "predicted_peak_memory": dict(self.memory),
+            "predicted_seconds": round(self.seconds, 1),
             "warnings": list(self.warnings),
             "modules": [
                 {
@@ -156,8 +163,8 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
         rows=tuple(rows),
         drop=_blocks_to_drop(recipe, layout),
         warnings=tuple(warnings),
-        memory=_memory(recipe, layout, checkpoint.config),
-        flops=_flops(recipe, layout, rows),
+        memory=_memory(recipe, layout),
+        seconds=_flops(recipe, rows) / matmul_rate(compute_dtype()),
     )
 
 
@@ -236,7 +243,7 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
         scheme = step.options.scheme(scheme, dtype)
         if step.activations:
             scheme = replace(scheme, activations=step.activations.bits)
-    problems = [] if scheme.dense else target.problems(module, scheme)
+    problems = [] if scheme.dense else [*_pattern_problems(module, scheme), *target.problems(module, scheme)]
     if problems:
         if recipe.on_unsupported == "error":
             raise PlanError(
@@ -244,6 +251,14 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
             )
         return PlanRow(module, (), Scheme(), plain, plain, "; ".join(problems))
     return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype))
+
+
+def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
+    """N:M needs rows of whole groups, whatever the format."""
+    columns = module.shape[1]
+    if scheme.pattern is None or columns % scheme.pattern[1] == 0:
+        return []
+    return [f"the {columns} inputs of {module.name} are not a multiple of the {scheme.pattern[1]} of the pattern"]
 
 
 def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, earlier: Sequence[Step]) -> None:
@@ -288,23 +303,25 @@ def needs_text(recipe: Recipe) -> bool:
     return any(step.definition.select or step.definition.needs(step.options) for step in recipe.steps)
 
 
-def _memory(recipe: Recipe, layout: Layout, config: Mapping[str, Any]) -> dict[str, int]:
-    """Where the peak will be, in bytes, with fp32 arithmetic (bf16 takes less)."""
+def _memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """What is in memory at the worst moment, in bytes, with fp32 arithmetic (bf16 takes half of most)."""
     blocks = [layout.of_block(index) for index in range(layout.blocks)]
-    widest = max(sum(module.parameters for module in block) for block in blocks)
-    memory = {"one block, live and as stored": 2 * 4 * widest}
+    block = 4 * max(sum(module.parameters for module in modules) for modules in blocks)
+    outside = 4 * max((module.parameters for module in layout.modules if module.block is None), default=0)
+    states = {}
+    inside = {"a block: as read, as run, as packed": 3 * block}
     if needs_text(recipe):
-        hidden = layout.embedding.shape[1]
         tokens = recipe.calibration.samples * recipe.calibration.length
-        inputs = {module.shape[1] for module in blocks[0] if module.kind == "linear"}
-        memory["hidden states of the calibration windows"] = 4 * tokens * hidden
-        memory["statistics and factors"] = sum(4 * width * width for width in inputs) + 3 * 4 * max(inputs) ** 2
-        memory["one batch inside a block"] = 4 * 4096 * 4 * max(inputs)
-    outside = [4 * module.parameters for module in layout.modules if module.block is None]
-    return {**memory, "embedding or head": 0} if sum(memory.values()) > max(outside) else {"embedding": max(outside)}
+        widths = sorted({module.shape[1] for modules in blocks for module in modules if module.kind == "linear"})
+        states = {"hidden states of the calibration windows": 4 * tokens * layout.embedding.shape[1]}
+        inside["Gram matrices"] = 4 * sum(width * width for width in widths)
+        inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
+        inside["a batch of tokens in the block"] = 4 * 4096 * 4 * widths[-1]
+    moments = [{"embedding or head": outside, **states}, {**inside, **states}]
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
-def _flops(recipe: Recipe, layout: Layout, rows: Sequence[PlanRow]) -> float:
+def _flops(recipe: Recipe, rows: Sequence[PlanRow]) -> float:
     """Floating-point operations of forward passes and Gram matrices; the rest is small beside them."""
     if not needs_text(recipe):
         return 0.0

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from penjing.evaluation.size import readable_bytes
+from penjing.evaluation.size import readable_bytes, readable_seconds
 
 Rows = list[dict[str, Any]]
 
@@ -104,6 +104,7 @@ def plan(result: Mapping[str, Any]) -> Group:
         "blocks": f"{result['blocks'] - result['blocks_removed']} of {result['blocks']}",
         "predicted size": f"{size}, {ratio:.2f} times smaller than in {result['dtype']}",
         "predicted peak memory": f"{readable_bytes(sum(memory.values()))} above what the libraries take",
+        "predicted time": f"{readable_seconds(result['predicted_seconds'])} of forward passes and statistics at least",
     }
     warnings = [f"[yellow]warning:[/] {escape(text)}" for text in result["warnings"]]
     return Group(table, "", facts(totals), *warnings)

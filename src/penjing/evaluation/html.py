@@ -12,7 +12,7 @@ import yaml
 
 from penjing.evaluation import charts
 from penjing.evaluation.report import ModuleRow, Report
-from penjing.evaluation.size import readable_bytes
+from penjing.evaluation.size import readable_bytes, readable_seconds
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -78,8 +78,8 @@ def _protocol(report: Report) -> str:
     """How it was measured, and what the run took."""
     text = f"Measured on {report.protocol.sentence()}." if report.protocol else "The result was not measured."
     if report.seconds:
-        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in report.seconds.items())
-        text += f" Made in {_duration(sum(report.seconds.values()))} ({stages})."
+        stages = ", ".join(f"{stage} {readable_seconds(seconds)}" for stage, seconds in report.seconds.items())
+        text += f" Made in {readable_seconds(sum(report.seconds.values()))} ({stages})."
     if report.peak_memory is not None:
         text += f" Peak memory {readable_bytes(report.peak_memory)} above the loaded libraries."
     return text
@@ -137,7 +137,7 @@ def _error_pictures(report: Report) -> str:
         pictures.append(charts.heat_map(cells, columns, left=left, caption=caption))
     if report.block_errors:
         titles = [f"block {index}: {error:.4f}" for index, error in enumerate(report.block_errors)]
-        caption = "Relative error of each block's output on calibration text, what earlier blocks added included."
+        caption = "How much each block's output changes for the same inputs, relative, on a few probe tokens."
         pictures.append(charts.bars(report.block_errors, titles, left=left, caption=caption))
     return f"<h2>Where the error is</h2>{''.join(pictures)}" if pictures else ""
 
@@ -220,11 +220,3 @@ def _provenance(report: Report) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "infinite" if value is None or not math.isfinite(value) else format(value, form)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: "42 s", "3 min 12 s", "2 h 5 min"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -34,6 +34,14 @@ def readable_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def readable_seconds(seconds: float) -> str:
+    """Seconds as people say them: "42 s", "3 min 12 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class PeakMemory:
     """Largest resident memory while the block runs, above what was resident when it began.
 

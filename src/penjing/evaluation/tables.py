@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from penjing.evaluation.report import Report
-from penjing.evaluation.size import readable_bytes
+from penjing.evaluation.size import readable_bytes, readable_seconds
 
 
 def _plain(report: Report | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -50,7 +50,7 @@ def _remarks(data: Mapping[str, Any]) -> list[str]:
         checked = data["verification"]
         difference = checked.get("difference", 0.0)
         lines.append(f"verified: loaded back ({checked.get('how', '')}), logits differ by {difference:.1e}")
-    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in data["seconds"].items())
+    took = ", ".join(f"{name} {readable_seconds(seconds)}" for name, seconds in data["seconds"].items())
     if data["peak_memory"] is not None:
         took += f"{'; ' if took else ''}peak memory {readable_bytes(data['peak_memory'])} above the libraries"
     lines += [took] if took else []

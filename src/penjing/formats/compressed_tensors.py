@@ -13,6 +13,7 @@ exact product rounded once, which `decode` returns.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import re
@@ -192,6 +193,7 @@ class CompressedTensorsFormat:
         return found
 
 
+@functools.cache
 def _require_library() -> None:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise MissingDependency("format compressed-tensors needs a package: pip install compressed-tensors")

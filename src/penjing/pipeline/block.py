@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from penjing.errors import CalibrationError, VerificationError
+from penjing.errors import CalibrationError, FormatError, VerificationError
 from penjing.methods.base import BlockInput, Call, LinearFunction, LinearInput, TransformFunction
 from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
@@ -150,6 +150,15 @@ class BlockCompressor:
         groups = [group for group in self._groups if foldable(group, modules)]
         return [group for group in groups if len({self.rows[linear].steps for linear in group.linears}) == 1]
 
+    def _why_not_foldable(self, name: str) -> str:
+        group = next((group for group in self._groups if name in group.linears), None)
+        if group is None or group.source is None:
+            return "no norm or linear before it can take the inverse"
+        if not foldable(group, {other: row.module for other, row in self.rows.items()}):
+            return f"{group.source} has fewer outputs (grouped-query attention)"
+        others = ", ".join(other for other in group.linears if other != name)
+        return f"{others}, which share them, do not take part in the same steps"
+
     def _transforms(self, group: InputGroup) -> list[Step]:
         return [step for step in self.steps_of(group.linears[0]) if step.definition.transform is not None]
 
@@ -174,6 +183,8 @@ class BlockCompressor:
         members: set[str],
     ) -> None:
         groups = [group for group in self.foldable_groups() if members.issuperset(group.linears)]
+        for name in sorted(members.difference(*(group.linears for group in groups))):
+            self.notes[name].append(f"{step.method} cannot rescale its inputs: {self._why_not_foldable(name)}")
         given = BlockInput(module, groups, self.statistics, calls, self.plan.dtype)
         for group, scale in transform(given, step.options).items():
             fold(group, scale, self.tensors, self.plan.layout)
@@ -220,7 +231,13 @@ class BlockCompressor:
     def finish(self, module: nn.Module, calls: Mapping[str, list[Call]]) -> list[ModuleResult]:
         """Apply all steps: every module, compressed or copied, with its error."""
         self.apply(module, calls)
-        return [self._result(name, row) for name, row in self.rows.items()]
+        results = [self._result(name, row) for name, row in self.rows.items()]
+        for name, tensor in ((name, tensor) for result in results for name, tensor in result.packed.items()):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise FormatError(
+                    f"{name} does not fit {self.plan.dtype}: values overflow; set `dtype: bfloat16` in the recipe"
+                )
+        return results
 
     def _result(self, name: str, row: PlanRow) -> ModuleResult:
         module, dtype = row.module, self.plan.dtype

@@ -24,7 +24,7 @@ from penjing.evaluation.windows import Protocol
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.pipeline import measure
 from penjing.pipeline.journal import Fingerprint, Journal
-from penjing.pipeline.precision import compute_dtype
+from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource
@@ -76,6 +76,9 @@ def prepare(
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
     check_tied_head(layout, checkpoint)
     plan = make_plan(checkpoint, layout, recipe)
+    limits = recipe.require
+    if not measured and (limits.max_kl or limits.max_perplexity_ratio):
+        raise PlanError("the recipe limits what may be lost (`require`), so the result has to be measured: evaluate it")
     source = TextSource(checkpoint)
     wanted = recipe.evaluation
     job = Job(
@@ -176,7 +179,7 @@ def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) ->
     for name, content in checkpoint.files():
         write_bytes(job.directory / name, content)
     write_bytes(job.directory / "recipe.yaml", yaml.safe_dump(job.recipe.as_dict(), sort_keys=False).encode())
-    save_probe(job.directory, walk.probe_tokens, walk.probe_logits)
+    save_probe(job.directory, walk.probe_tokens, walk.probe_logits, walk.shards)
 
 
 def _evaluate(job: Job, progress: Progress) -> Quality | None:

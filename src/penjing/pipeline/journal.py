@@ -49,7 +49,7 @@ class Journal:
             for leftover in (*directory.glob(".*.tmp"), *path.parent.glob(".*.tmp")):
                 leftover.unlink()
         else:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            if directory.exists() and not _never_used(directory):
                 raise OutputError(
                     f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
                 )
@@ -95,6 +95,14 @@ class Journal:
     def close(self) -> None:
         """The run is complete: nothing is left to resume."""
         (self.directory / FOLDER / _FILE).unlink(missing_ok=True)
+
+
+def _never_used(directory: Path) -> bool:
+    """Empty, or left by a run that was killed before its journal was first written."""
+    if not directory.is_dir():
+        return False
+    entries = [*directory.iterdir(), *(directory / FOLDER).glob("*")]
+    return all(entry == directory / FOLDER or entry.match(f"{FOLDER}/.{_FILE}.*.tmp") for entry in entries)
 
 
 def digest(path: Path) -> str:

@@ -3,7 +3,9 @@
 It is started by path, so that `penjing` is not imported and only what a stranger has is used; a format that needs
 `import penjing` says so on the command line.
 
-    python load_probe.py DIRECTORY PROBE OUTPUT [MODULE_TO_IMPORT]
+    python load_probe.py DIRECTORY PROBE OUTPUT no-code|own-code [MODULE_TO_IMPORT]
+
+With `own-code` the model may run the Python code in its directory.
 """
 
 import importlib
@@ -14,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def main(directory: str, probe: str, output: str, *modules: str) -> None:
+def main(directory: str, probe: str, output: str, code: str, *modules: str) -> None:
     """Write logits (T, V) fp32 and what the loader found missing or unexpected."""
     for module in modules:
         importlib.import_module(module)
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=code == "own-code"
+    )
     tokens = load_file(probe)["tokens"]
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[0].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ class Text:
     tokens: Tensor
     protocol: Protocol
     sample: str
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The longest window a model takes; None when its config sets no limit."""
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 class TextSource:
@@ -62,7 +68,7 @@ class TextSource:
         return Text(tokens, describe(documents, tokens, bos=self._bos, dtype="float32"), sample)
 
     def _load(self, length: int) -> Any:
-        limit = self._checkpoint.config.get("max_position_embeddings") or self._checkpoint.config.get("n_positions")
+        limit = positions(self._checkpoint.config)
         if limit and length > limit:
             raise CalibrationError(
                 f"windows of {length} tokens are longer than the {limit} positions of {self._checkpoint.label}; "

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from penjing.checkpoint import open_checkpoint, write_bytes
+from penjing.checkpoint.directory import INDEX
 from penjing.errors import CheckpointError, VerificationError
 from penjing.formats import format_of
 from penjing.models import layout_of
 from penjing.pipeline import load_probe
-from penjing.pipeline.journal import FOLDER
+from penjing.pipeline.journal import FOLDER, digest
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weights import Weights
 
@@ -53,11 +56,14 @@ class Verification:
         return asdict(self) | {"passed": True, "tolerance": TOLERANCE}
 
 
-def save_probe(directory: Path, tokens: Tensor, logits: Tensor) -> None:
-    """Keep what the model in memory answered, so that the directory can be verified at any time."""
+def save_probe(directory: Path, tokens: Tensor, logits: Tensor, shards: Iterable[str]) -> None:
+    """Keep what the model in memory answered, so that the directory can be verified at any time.
+
+    The files that hold the model are kept as digests: a flipped bit may change the logits by less than `TOLERANCE`.
+    """
     kept = {"tokens": tokens.contiguous(), "logits": logits[-_KEPT_POSITIONS:].contiguous()}
-    (directory / FOLDER).mkdir(exist_ok=True)
-    write_bytes(directory / FOLDER / _PROBE, save(kept))
+    digests = {name: digest(directory / name) for name in sorted([*shards, INDEX, "config.json"])}
+    write_bytes(directory / FOLDER / _PROBE, save(kept, {"sha256": json.dumps(digests)}))
 
 
 def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) -> Verification:
@@ -72,11 +78,12 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
             f"{directory} holds no {FOLDER}/{_PROBE}: it was not written by penjing, or the run did not finish. "
             "To compare two models use `penjing eval MODEL --against MODEL`"
         )
+    _check_files(directory, path)
     probe = load_file(path)
     tensors, logits = _streamed(directory, probe["tokens"], trust_remote_code)
     difference = _difference("read back block by block", logits, probe["logits"])
     if engine:
-        logits = _through_transformers(directory, path)
+        logits = _through_transformers(directory, path, trust_remote_code)
         difference = max(difference, _difference("loaded with transformers", logits, probe["logits"]))
     return Verification(
         str(directory), "transformers" if engine else "streamed", tensors, len(probe["logits"]), difference
@@ -84,9 +91,31 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
 
 
 def fits_in_memory(parameters: int) -> bool:
-    """Whether loading a model of this size in fp32 takes at most a quarter of the memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 6 * parameters < free // 4
+    """Whether loading a model of this size in fp32 takes at most a quarter of the memory that can be had now."""
+    return 6 * parameters < available_memory() // 4
+
+
+def available_memory() -> int:
+    """Bytes that a process can get without swapping: unused ones, and where Linux tells, cached files it would drop."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_files(directory: Path, probe: Path) -> None:
+    """The files are those that were written, to the bit, and no other weights lie beside them."""
+    with safe_open(probe, "pt") as file:
+        digests = json.loads(file.metadata()["sha256"])
+    for name, expected in digests.items():
+        if not (directory / name).is_file():
+            raise VerificationError(f"{directory / name} is missing")
+        if digest(directory / name) != expected:
+            raise VerificationError(f"{directory / name} was changed after it was written (its SHA-256 differs)")
+    added = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in digests)
+    if added:
+        raise VerificationError(f"{directory} holds weights that penjing did not write: {', '.join(added)}")
 
 
 def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:
@@ -110,13 +139,14 @@ def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple
     return len(consumed), logits
 
 
-def _through_transformers(directory: Path, probe: Path) -> Tensor:
+def _through_transformers(directory: Path, probe: Path, trust_remote_code: bool) -> Tensor:
     """Logits of a fresh process that only calls from_pretrained."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     modules = ["penjing"] if format_of(config).name == "native" else []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "logits.safetensors"
-        command = [sys.executable, load_probe.__file__, str(directory), str(probe), str(output), *modules]
+        command = [sys.executable, load_probe.__file__, str(directory), str(probe), str(output)]
+        command += ["own-code" if trust_remote_code else "no-code", *modules]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:

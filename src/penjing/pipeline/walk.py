@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
-from penjing.errors import OutputError
+from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
@@ -27,6 +27,7 @@ from penjing.pipeline.block import BlockCompressor, ModuleResult
 from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.journal import Journal
 from penjing.pipeline.stream import StreamedModel, batches
+from penjing.pipeline.text import positions
 from penjing.pipeline.weights import LiveModule, Weights, decode_module, modules_outside_blocks
 from penjing.planning import Plan, PlanRow, describe
 from penjing.statistics import BlockStatisticType
@@ -117,12 +118,18 @@ class Walk:
         if self.tokens is not None:
             return self.tokens[:1, :PROBE_TOKENS]
         vocabulary = self.layout.embedding.shape[0]
-        return torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        length = min(PROBE_TOKENS, positions(self.checkpoint.config) or PROBE_TOKENS)
+        return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
 
     def _block(self, index: int, states: Tensor | None, probe: Tensor) -> float:
         """Compress one block unless its shard exists, then advance all hidden states through what the shard holds."""
         with self._stream.block(index, torch.float32) as block:
             expected = self._stream.run(block, index, probe)
+        if not torch.isfinite(expected).all():
+            raise CalibrationError(
+                f"{self.layout.block_name(index)} of the dense model gives NaN or infinite values in fp32: "
+                "its weights are damaged, or too large to compute with"
+            )
         if states is not None and self.plan.recipe.propagate == "original":
             original = states.clone()
             with self._stream.block(index, self.dtype) as block:
