@@ -36,5 +36,5 @@ def run(command: Sequence[str], log: Path, **environment: str) -> Measured:
 @lru_cache
 def import_baseline(python: str = sys.executable) -> int:
     """Peak bytes of a process that only imports torch and transformers: what no tool can go below."""
-    code = "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer; import transformers.models.llama.modeling_llama"
+    code = "import torch, transformers.models.llama.modeling_llama; from transformers import AutoModelForCausalLM"
     return run([python, "-c", code], Path(os.devnull)).peak

@@ -187,12 +187,13 @@ def compare(
     from penjing.pipeline.weights import Weights
 
     checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
+    layouts = [layout_of(each.config, each.specs(), trust_remote_code=trust_remote_code) for each in checkpoints]
+    for checkpoint, layout in zip(checkpoints, layouts, strict=True):
+        _require_same_vocabulary(checkpoint, layout, layouts[0])
     text = TextSource(checkpoints[0]).evaluation(data, windows, length)
     reference: Candidate | None = None
     results = []
-    for checkpoint in checkpoints:
-        layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
-        _require_same_vocabulary(checkpoint, layout, reference)
+    for checkpoint, layout in zip(checkpoints, layouts, strict=True):
         stream = StreamedModel(
             checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code
         )
@@ -206,10 +207,8 @@ def compare(
     return results
 
 
-def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: Candidate | None) -> None:
-    if reference is None:
-        return
-    expected, found = (each.embedding.shape[0] for each in (reference.stream.layout, layout))
+def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: Layout) -> None:
+    expected, found = (each.embedding.shape[0] for each in (reference, layout))
     if expected != found:
         raise PlanError(
             f"{checkpoint.label} has a vocabulary of {found} tokens and the reference one of {expected}; "

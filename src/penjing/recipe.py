@@ -109,8 +109,8 @@ class Recipe(_Section):
     @field_validator("steps", mode="before")
     @classmethod
     def _parse_steps(cls, steps: object) -> list[Step]:
-        if not isinstance(steps, list | tuple):
-            raise ValueError("steps must be a list")
+        if not isinstance(steps, list | tuple) or not steps:
+            raise ValueError("`steps` must be a list of at least one step")
         return [step if isinstance(step, Step) else _parse_step(number, step) for number, step in enumerate(steps, 1)]
 
     def as_dict(self) -> dict[str, Any]:

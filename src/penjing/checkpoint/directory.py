@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,6 @@ class SafetensorsCheckpoint:
         self._shard_of = _locate(self._headers)
         _check_index(path, self._shard_of)
         self._stored_name = _language_model_names(str(self.config.get("model_type")), self._shard_of)
-        self._open: tuple[Path, Any] | None = None
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every stored tensor by name, from the headers."""
@@ -52,23 +52,30 @@ class SafetensorsCheckpoint:
         }
 
     def load(self, name: str) -> Tensor:
-        """One tensor as stored, mapped from the file. Raises CheckpointError naming file and tensor."""
+        """One tensor as stored. Raises CheckpointError naming file and tensor.
+
+        It is read, not mapped: the pages of a mapped file count as memory of the process for as long as the file is
+        open, and a file that is cut off meanwhile would kill it.
+        """
+        import torch
+
         stored = self._stored_name.get(name)
         if stored is None:
             raise CheckpointError(f"{self.path}: there is no tensor {name!r}")
         shard = self._shard_of[stored]
+        spec, begin = self._headers[shard].tensors[stored], self._headers[shard].begins[stored]
+        content = torch.empty(spec.nbytes, dtype=torch.uint8)
         try:
-            return self._reader(shard).get_tensor(stored)
-        except Exception as error:  # SafetensorError derives from Exception alone
-            raise CheckpointError(f"{shard}: tensor {name!r} cannot be read: {error}") from error
-
-    def _reader(self, shard: Path) -> Any:
-        """The open shard; only one is kept, so that pages of the others can be given back."""
-        from safetensors import safe_open
-
-        if self._open is None or self._open[0] != shard:
-            self._open = (shard, safe_open(str(shard), framework="pt"))
-        return self._open[1]
+            with shard.open("rb", buffering=0) as file:
+                file.seek(begin)
+                found = _read_into(file, memoryview(content.numpy()))
+        except OSError as error:
+            raise CheckpointError(f"{shard}: tensor {name!r} cannot be read: {error.strerror}") from error
+        if found < spec.nbytes:
+            raise CheckpointError(
+                f"{shard}: tensor {name!r} cannot be read: the file ends {spec.nbytes - found} bytes early"
+            )
+        return content.view(getattr(torch, spec.dtype)).view(spec.shape)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Everything else that makes the model: tokenizer, templates, generation config (and, when trusted, code)."""
@@ -81,6 +88,14 @@ class SafetensorsCheckpoint:
         """Hex digest of config, headers, sizes and sampled contents."""
         headers = {shard.name: hashlib.sha256(header.raw).hexdigest() for shard, header in self._headers.items()}
         return fingerprint({"config": self.config, "headers": headers}, self._headers)
+
+
+def _read_into(file: RawIOBase, target: memoryview) -> int:
+    """Fill `target` as far as the file goes; one call reads at most 2 GB."""
+    done = 0
+    while done < len(target) and (count := file.readinto(target[done:])):
+        done += count
+    return done
 
 
 def read_config(path: Path, trust_remote_code: bool) -> dict[str, Any]:

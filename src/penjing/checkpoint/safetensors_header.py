@@ -46,9 +46,10 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors by name, the free-form metadata, and the raw JSON bytes."""
+    """A checked header: tensors by name, where their bytes begin in the file, free-form metadata, the raw JSON bytes."""
 
     tensors: dict[str, TensorSpec]
+    begins: dict[str, int]
     metadata: dict[str, str]
     raw: bytes
 
@@ -85,7 +86,9 @@ def parse_header(raw: bytes, data_size: int, path: Path) -> Header:
         raise CheckpointError(f"{path}: `__metadata__` in the safetensors header must map strings to strings")
     checked = {name: _check_entry(entry, data_size, f"{path}: tensor {name!r}") for name, entry in entries.items()}
     _check_coverage({name: span for name, (_, span) in checked.items()}, data_size, path)
-    return Header({name: spec for name, (spec, _) in checked.items()}, metadata, raw)
+    data = 8 + len(raw)
+    begins = {name: data + begin for name, (_, (begin, _)) in checked.items()}
+    return Header({name: spec for name, (spec, _) in checked.items()}, begins, metadata, raw)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -152,10 +152,8 @@ class BlockCompressor:
 
     def _why_not_foldable(self, name: str) -> str:
         group = next((group for group in self._groups if name in group.linears), None)
-        if group is None or group.source is None:
+        if group is None or not foldable(group, {other: row.module for other, row in self.rows.items()}):
             return "no norm or linear before it can take the inverse"
-        if not foldable(group, {other: row.module for other, row in self.rows.items()}):
-            return f"{group.source} has fewer outputs (grouped-query attention)"
         others = ", ".join(other for other in group.linears if other != name)
         return f"{others}, which share them, do not take part in the same steps"
 

@@ -22,9 +22,9 @@ from penjing.evaluation.report import Report, Skipped, Software, Source
 from penjing.evaluation.size import PeakMemory, Stages, weight_bytes
 from penjing.evaluation.windows import Protocol
 from penjing.models import Layout, check_tied_head, layout_of
+from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import measure
 from penjing.pipeline.journal import Fingerprint, Journal
-from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource

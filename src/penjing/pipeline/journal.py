@@ -45,14 +45,13 @@ class Journal:
         decides the result has changed.
         """
         path = directory / FOLDER / _FILE
-        if path.is_file():
-            for leftover in (*directory.glob(".*.tmp"), *path.parent.glob(".*.tmp")):
-                leftover.unlink()
-        else:
-            if directory.exists() and not _never_used(directory):
-                raise OutputError(
-                    f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
-                )
+        if not path.is_file() and directory.exists() and not _never_used(directory):
+            raise OutputError(
+                f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
+            )
+        for leftover in (*directory.glob(".*.tmp"), *path.parent.glob(".*.tmp")):
+            leftover.unlink()
+        if not path.is_file():
             return cls(directory, fingerprint, {})
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from penjing.errors import CheckpointError
 from penjing.models import build_model, fill, find, release
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import activation_fake_quant
+from penjing.pipeline.memory import give_back
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
 
 BATCH_TOKENS = 4096
@@ -142,6 +143,7 @@ class StreamedModel:
         """Block `index` with its weights; empty again afterwards."""
         with self._filled(self.layout.of_block(index), dtype):
             yield self._blocks[index]
+        give_back()
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, states: Tensor) -> Tensor:

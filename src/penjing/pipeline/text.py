@@ -64,6 +64,12 @@ class TextSource:
         return self._text(documents, tokens)
 
     def _text(self, documents: Documents, tokens: Tensor) -> Text:
+        vocabulary = self._checkpoint.config.get("vocab_size")
+        if vocabulary and int(tokens.max()) >= vocabulary:
+            raise CalibrationError(
+                f"the tokenizer of {self._checkpoint.label} gives token {int(tokens.max())}, beyond the {vocabulary} rows "
+                "of the embedding; it belongs to another model"
+            )
         sample = self._tokenizer.decode(tokens[0, :200])
         return Text(tokens, describe(documents, tokens, bos=self._bos, dtype="float32"), sample)
 
