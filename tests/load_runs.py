@@ -1,4 +1,4 @@
-"""Run Penjing's own load probe on many directories in one fresh process. A script, so that a stranger's process is used.
+"""Run Penjing's own load probe on many directories in one fresh process, which is a stranger's: this is a script.
 
 python load_runs.py PROBE_SCRIPT OUTPUT DIRECTORY... [--import MODULE]
 """

@@ -103,11 +103,11 @@ DAMAGE: dict[str, tuple[type[PenjingError], str, Callable[[Path], object]]] = {
     "truncated shard": (CheckpointError, r"truncated", truncated_shard),
     "header that lies": (CheckpointError, r"does not take the 16384 bytes", lying_header),
     "index that lies": (CheckpointError, r"r_proj", index_that_lies),
-    "NaN": (CheckpointError, rf"{Q} .*NaN", lambda model: edit(model, Q, lambda weight: weight[0, 0].fill_(torch.nan))),
+    "NaN": (CheckpointError, rf"{Q} .*NaN", lambda model: edit(model, Q, lambda rows: rows[0, 0].fill_(torch.nan))),
     "infinity": (
         CheckpointError,
         rf"{Q} .*infin",
-        lambda model: edit(model, Q, lambda weight: weight[3].fill_(torch.inf)),
+        lambda model: edit(model, Q, lambda rows: rows[3].fill_(torch.inf)),
     ),
     "overflow": (
         CalibrationError,

@@ -217,7 +217,7 @@ def test_a_harmed_shard_is_named(tiny_model, short, tmp_path) -> None:
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ResumeError, match="model-00001-of-00004.safetensors is not what this run wrote"):
+    with pytest.raises(ResumeError, match=r"model-00001-of-00004\.safetensors is not what this run wrote"):
         compress(model, wanted, tmp_path / "out")
 
 

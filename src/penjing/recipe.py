@@ -110,7 +110,7 @@ class Recipe(_Section):
     @classmethod
     def _parse_steps(cls, steps: object) -> list[Step]:
         if not isinstance(steps, list | tuple) or not steps:
-            raise ValueError("`steps` must be a list of at least one step")
+            raise ValueError("steps must be a list with at least 1 item")
         return [step if isinstance(step, Step) else _parse_step(number, step) for number, step in enumerate(steps, 1)]
 
     def as_dict(self) -> dict[str, Any]:

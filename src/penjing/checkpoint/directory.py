@@ -68,7 +68,7 @@ class SafetensorsCheckpoint:
         try:
             with shard.open("rb", buffering=0) as file:
                 file.seek(begin)
-                found = _read_into(file, memoryview(content.numpy()))
+                found = _read_into(file, content.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{shard}: tensor {name!r} cannot be read: {error.strerror}") from error
         if found < spec.nbytes:

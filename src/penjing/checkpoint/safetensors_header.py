@@ -46,7 +46,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors by name, where their bytes begin in the file, free-form metadata, the raw JSON bytes."""
+    """A checked header: tensors by name, where in the file they begin, free-form metadata, the raw JSON bytes."""
 
     tensors: dict[str, TensorSpec]
     begins: dict[str, int]

@@ -22,7 +22,7 @@ from penjing.numerics.activations import activation_fake_quant
 from penjing.pipeline.memory import give_back
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
 
 
