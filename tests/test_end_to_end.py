@@ -23,7 +23,7 @@ from penjing.formats import FORMATS
 from penjing.methods import METHODS
 from penjing.pipeline import load_probe
 from penjing.pipeline.verification import TOLERANCE
-from runs import compress, recipe, texts
+from runs import compress, recipe, shards, texts
 from tiny_models import FAMILIES
 
 pytest.importorskip("compressed_tensors")
@@ -328,3 +328,12 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 def test_compressed_tensors_refuses_groups_that_do_not_divide_and_names_some_that_do(tiny_model, short_texts) -> None:
     with pytest.raises(PlanError, match=r"group_size 40 does not divide the 64 inputs of .*; .*32.* do"):
         api.plan(tiny_model("llama"), recipe(short_texts, four("rtn", group_size=40)))
+
+
+def test_hidden_states_in_a_file_change_nothing(tiny_model, short_texts, tmp_path) -> None:
+    wanted = recipe(short_texts, {"method": "gptq", "bits": 4, "group_size": 32})
+    compress(tiny_model("llama"), wanted, tmp_path / "memory")
+    spilling = wanted | {"calibration": short_texts["calibration"] | {"spill": True}}
+    compress(tiny_model("llama"), spilling, tmp_path / "file")
+    assert shards(tmp_path / "file") == shards(tmp_path / "memory")
+    assert not list((tmp_path / "file" / ".penjing").glob("*.tmp"))

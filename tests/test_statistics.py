@@ -34,17 +34,17 @@ def test_equals_definition_in_pieces(kind, dtype):
 
 
 @pytest.mark.parametrize("columns", [1, 5, 16, 37])
-@pytest.mark.parametrize("tile", [1, 8, 16, 384])
-def test_gram_does_not_depend_on_the_tile(columns, tile):
+@pytest.mark.parametrize("strip", [1, 8, 16, 384])
+def test_gram_does_not_depend_on_the_strip(columns, strip):
     inputs = torch.randn(60, columns, generator=torch.Generator().manual_seed(0))
-    gram = in_pieces(Gram(columns, tile=tile), inputs)
+    gram = in_pieces(Gram(columns, strip=strip), inputs)
     assert torch.equal(gram.value, gram.value.T)
     torch.testing.assert_close(gram.value.double(), inputs.double().T @ inputs.double(), rtol=1e-5, atol=1e-4)
 
 
 def test_gram_may_be_read_between_updates():
     inputs = naive.correlated(60, 37)
-    gram = Gram(37, tile=16)
+    gram = Gram(37, strip=16)
     gram.update(inputs[:20])
     assert torch.equal(gram.value, gram.value.T)
     gram.update(inputs[20:])

@@ -1,4 +1,4 @@
-"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line is a thin layer over it."""
+"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line is a thin layer."""
 
 from __future__ import annotations
 

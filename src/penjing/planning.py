@@ -15,17 +15,16 @@ import torch
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
-from penjing.models.layout import Layout, ModuleSpec
+from penjing.models.layout import Layout, ModuleKind, ModuleSpec
 from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step, did_you_mean
 from penjing.representations import Scheme
 
-TARGET_GROUPS = {
-    "linear": "every linear of the decoder blocks",
-    "embedding": "the token embedding",
-    "lm_head": "the head",
-}
-"""Names that a recipe may use in `targets` and `ignore` besides module names and globs over them."""
+TARGET_GROUPS: Mapping[str, ModuleKind] = {"linear": "linear", "embedding": "embedding", "lm_head": "head"}
+"""Names that a recipe may use in `targets` and `ignore` besides module names and globs, and the kind each stands for.
+
+`linear` is every linear of the decoder blocks.
+"""
 
 
 @dataclass(frozen=True)
@@ -143,14 +142,9 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
             "start from the dense model"
         )
     dtype = storage_dtype(checkpoint.config, recipe)
-    assigned, warnings = _assign(recipe, layout)
+    assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
-    rows = []
-    for module in layout.modules:
-        row = _resolve(module, assigned.get(module.name, ()), recipe, target, dtype)
-        rows.append(row)
-        if row.note:
-            warnings.append(f"{module.name} stays dense: {row.note}")
+    rows = [_resolve(module, assigned.get(module.name, ()), recipe, target, dtype) for module in layout.modules]
     weights = {row.module: row.scheme for row in rows if "weight" in row.module.tensors}
     if conflicts := target.conflicts(weights):
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
@@ -162,7 +156,7 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
         dtype=dtype,
         rows=tuple(rows),
         drop=_blocks_to_drop(recipe, layout),
-        warnings=tuple(warnings),
+        warnings=tuple(f"{row.module.name} stays dense: {row.note}" for row in rows if row.note),
         memory=_memory(recipe, layout),
         seconds=_flops(recipe, rows) / matmul_rate(compute_dtype()),
     )
@@ -179,7 +173,7 @@ def storage_dtype(config: Mapping[str, Any], recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def _assign(recipe: Recipe, layout: Layout) -> tuple[dict[str, list[int]], list[str]]:
+def _assign(recipe: Recipe, layout: Layout) -> dict[str, list[int]]:
     """Module name -> numbers of the steps that apply to it, in order."""
     assigned: dict[str, list[int]] = {}
     changed = False
@@ -194,7 +188,7 @@ def _assign(recipe: Recipe, layout: Layout) -> tuple[dict[str, list[int]], list[
         changed = True
         for name in selected(step, number, layout):
             assigned.setdefault(name, []).append(number)
-    return assigned, []
+    return assigned
 
 
 def selected(step: Step, number: int, layout: Layout) -> list[str]:
@@ -220,14 +214,13 @@ def selected(step: Step, number: int, layout: Layout) -> list[str]:
 
 
 def _matches(pattern: str, layout: Layout, label: str) -> list[str]:
-    kinds = {"linear": ("linear",), "embedding": ("embedding",), "lm_head": ("head",)}
-    if pattern in kinds:
-        found = [module.name for module in layout.modules if module.kind in kinds[pattern]]
+    if pattern in TARGET_GROUPS:
+        found = [module.name for module in layout.modules if module.kind == TARGET_GROUPS[pattern]]
     else:
         names = [module.name for module in layout.modules]
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.endswith("." + pattern)]
     if not found:
-        known = [*kinds, *dict.fromkeys(module.name.rpartition(".")[2] for module in layout.modules)]
+        known = [*TARGET_GROUPS, *dict.fromkeys(module.name.rpartition(".")[2] for module in layout.modules)]
         raise PlanError(f"{label}: {pattern!r} matches no module of {layout.model_type}{did_you_mean(pattern, known)}")
     return found
 
@@ -313,7 +306,8 @@ def _memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
     if needs_text(recipe):
         tokens = recipe.calibration.samples * recipe.calibration.length
         widths = sorted({module.shape[1] for modules in blocks for module in modules if module.kind == "linear"})
-        states = {"hidden states of the calibration windows": 4 * tokens * layout.embedding.shape[1]}
+        if not recipe.calibration.spill:
+            states = {"hidden states of the calibration windows": 4 * tokens * layout.embedding.shape[1]}
         inside["Gram matrices"] = 4 * sum(width * width for width in widths)
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
         inside["a batch of tokens in the block"] = 4 * 4096 * 4 * widths[-1]

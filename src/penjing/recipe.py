@@ -41,24 +41,25 @@ class Calibration(_Section):
     data: str = Field("builtin", description="`builtin`, a text or JSONL file, a directory of them, or a hub data set")
     samples: int = Field(128, ge=1, description="number of windows")
     length: int = Field(2048, ge=2, description="tokens per window")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="chooses the windows")
     chat_template: bool = Field(False, description="render records that hold messages with the model's chat template")
+    spill: bool = Field(False, description="keep the windows' hidden states in a file beside the output, not in memory")
 
 
 class Evaluation(_Section):
     """The text on which the result is compared with the dense model. Must not be the calibration text."""
 
-    data: str = "builtin"
-    windows: int = Field(8, ge=1)
-    length: int = Field(2048, ge=2)
+    data: str = Field("builtin", description="as for calibration; the built-in text has a part of its own for this")
+    windows: int = Field(8, ge=1, description="number of windows, from the start of the text")
+    length: int = Field(2048, ge=2, description="tokens per window")
 
 
 class Requirements(_Section):
     """Limits on what may be lost; a result beyond them makes `compress` fail with exit code 4."""
 
     max_kl: float | None = Field(None, gt=0, description="mean KL(dense || compressed) per token, in nats")
-    max_perplexity_ratio: float | None = Field(None, gt=0)
-    max_bytes: int | None = Field(None, gt=0)
+    max_perplexity_ratio: float | None = Field(None, gt=0, description="perplexity over the dense model's")
+    max_bytes: int | None = Field(None, gt=0, description="bytes of the weight files")
 
 
 class Step(_Section):
@@ -66,9 +67,11 @@ class Step(_Section):
 
     method: str
     options: Options
-    targets: tuple[str, ...] = ("linear",)
-    ignore: tuple[str, ...] = ()
-    activations: ActivationOptions | None = None
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="`linear`, `embedding`, `lm_head`, module names, or globs"
+    )
+    ignore: tuple[str, ...] = Field((), description="modules to leave out, named in the same ways")
+    activations: ActivationOptions | None = Field(None, description="also round the inputs at run time")
 
     @property
     def definition(self) -> Method:
@@ -94,7 +97,9 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     require: Requirements = Requirements()
-    format: Literal["dense", "compressed-tensors", "native"] = "compressed-tensors"
+    format: Literal["dense", "compressed-tensors", "native"] = Field(
+        "compressed-tensors", description="how the result lies on disk; `penjing list formats`"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the tensors that stay dense and of scales; `auto`: the model's own"
     )
@@ -119,9 +124,10 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """Changes when anything that affects the written weights changes."""
-        relevant = {
-            key: value for key, value in self.as_dict().items() if key not in ("summary", "evaluation", "require")
-        }
+        relevant = self.as_dict()
+        for key in ("summary", "evaluation", "require"):
+            del relevant[key]
+        del relevant["calibration"]["spill"]
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 

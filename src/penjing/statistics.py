@@ -34,30 +34,26 @@ class Gram:
     """Sum of outer products of the inputs: `value` = X^T X, fp32 (K, K), T tokens.
 
     GPTQ's and SparseGPT's Hessian is twice this over the number of samples; their results depend on it only up
-    to a factor, because damping is relative. Only blocks on and above the diagonal are multiplied out, which
-    saves up to half the work; the rest is mirrored once, when `value` is first read.
+    to a factor, because damping is relative. Only what lies on and right of the diagonal is multiplied out, in
+    strips of rows, which saves up to half the work; the rest is mirrored once, when `value` is first read.
     """
 
-    def __init__(self, columns: int, *, tile: int = 384) -> None:
+    def __init__(self, columns: int, *, strip: int = 256) -> None:
         self._sum = torch.zeros(columns, columns)
-        self._tiles = [(start, min(start + tile, columns)) for start in range(0, columns, tile)]
+        self._strip = strip
         self._mirrored = True
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
         self.tokens += inputs.shape[0]
-        for number, (top, bottom) in enumerate(self._tiles):
-            left = inputs[:, top:bottom].T
-            for start, stop in self._tiles[number:]:
-                self._accumulate(self._sum[top:bottom, start:stop], left, inputs[:, start:stop])
+        for top in range(0, inputs.shape[1], self._strip):
+            bottom = top + self._strip
+            left, right = inputs[:, top:bottom].T, inputs[:, top:]
+            if inputs.dtype == torch.float32:
+                self._sum[top:bottom, top:].addmm_(left, right)
+            else:
+                self._sum[top:bottom, top:].add_(left @ right)
         self._mirrored = False
-
-    @staticmethod
-    def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-        if right.dtype == torch.float32:
-            total.addmm_(left, right)
-        else:
-            total.add_(left @ right)
 
     @property
     def value(self) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from format_cases import CASES, compress, grid, random_weight, spec, write
 from penjing.errors import FormatError, MissingDependency
 from penjing.formats import FORMATS, format_of
+from penjing.formats.compressed_tensors import _require_library
 from penjing.models.layout import ModuleSpec
 from penjing.representations import Dense, Scheme
 
@@ -84,6 +85,7 @@ def test_experts_must_be_alike():
 
 
 def test_the_library_is_asked_for_by_name(monkeypatch):
+    _require_library.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install compressed-tensors"):
         CT.problems(spec(64, 96), Scheme(grid(4, 32)))

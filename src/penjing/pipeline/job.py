@@ -1,4 +1,4 @@
-"""One compression from start to end: plan, cut text, choose blocks, walk, complete the directory, verify, measure, report."""
+"""One compression from start to end: plan, cut text, choose blocks, walk, finish the directory, verify, measure."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def prepare(
     )
     if job.calibration and job.evaluation and job.calibration.protocol.text_hash == job.evaluation.protocol.text_hash:
         raise PlanError(
-            f"calibration and evaluation text are the same ({job.evaluation.protocol.corpus}); a model must be measured "
-            "on text it was not calibrated on: set `evaluation: {data: ...}`"
+            f"calibration and evaluation text are the same ({job.evaluation.protocol.corpus}); a model must be "
+            "measured on text it was not calibrated on: set `evaluation: {data: ...}`"
         )
     return job
 
@@ -103,6 +103,8 @@ def prepare(
 def run(job: Job, progress: Progress) -> Report:
     """Do the work that `prepare` laid out. Raises VerificationError or QualityError once the files are written."""
     stages = Stages()
+    if job.calibration is not None:
+        progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])
     journal = Journal.open(job.directory, job.fingerprint())
     with PeakMemory() as memory:
         with stages.stage("choose blocks"):

@@ -26,6 +26,10 @@ BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
 
 
+Allocate = Callable[..., Tensor]
+"""Like `torch.empty(shape, dtype=dtype)`."""
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """How the model calls one of its blocks: everything but the hidden state, for windows of one length."""
@@ -98,14 +102,14 @@ class StreamedModel:
         self._calls: dict[tuple[int, torch.dtype], list[BlockCall]] = {}
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Input of the first block for token windows (S, T): -> (S, T, D) in `dtype`."""
+    def embed(self, tokens: Tensor, dtype: torch.dtype, allocate: Allocate = torch.empty) -> Tensor:
+        """Input of the first block for token windows (S, T): -> (S, T, D) in `dtype`, in memory from `allocate`."""
         before, _ = modules_outside_blocks(self.layout)
         batch = max(1, BATCH_TOKENS // tokens.shape[1])
         with self._filled(before, dtype):
             self._learn_calls(tokens[:1], dtype)
             first = self._first_hidden(tokens[:1])
-            states = torch.empty(*tokens.shape, first.shape[-1], dtype=dtype)
+            states = allocate((*tokens.shape, first.shape[-1]), dtype=dtype)
             for windows, batch_states in zip(tokens.split(batch), states.split(batch), strict=True):
                 batch_states.copy_(self._first_hidden(windows))
         return states

@@ -67,8 +67,8 @@ class TextSource:
         vocabulary = self._checkpoint.config.get("vocab_size")
         if vocabulary and int(tokens.max()) >= vocabulary:
             raise CalibrationError(
-                f"the tokenizer of {self._checkpoint.label} gives token {int(tokens.max())}, beyond the {vocabulary} rows "
-                "of the embedding; it belongs to another model"
+                f"the tokenizer of {self._checkpoint.label} gives token {int(tokens.max())}, beyond the {vocabulary} "
+                "rows of the embedding; it belongs to another model"
             )
         sample = self._tokenizer.decode(tokens[0, :200])
         return Text(tokens, describe(documents, tokens, bos=self._bos, dtype="float32"), sample)

@@ -6,6 +6,7 @@ moment ago or by an earlier, interrupted run: that is why a resumed run ends wit
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from penjing.methods.base import Call
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
 from penjing.pipeline.block import BlockCompressor, ModuleResult
 from penjing.pipeline.cache import BlockCache
-from penjing.pipeline.journal import Journal
+from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
 from penjing.pipeline.weights import LiveModule, Weights, decode_module, modules_outside_blocks
@@ -96,7 +97,7 @@ class Walk:
         self._shard(1, before, self._outside)
         probe_tokens = self._probe_tokens()
         probe = self._stream.embed(probe_tokens, torch.float32)
-        states = None if self.tokens is None else self._stream.embed(self.tokens, self.dtype)
+        states = self._calibration_states()
         block_errors = []
         for index in range(self.layout.blocks):
             self.progress("compress", index, self.layout.blocks, self.layout.block_name(index))
@@ -113,6 +114,22 @@ class Walk:
             probe_tokens=probe_tokens,
             probe_logits=probe_logits,
         )
+
+    def _calibration_states(self) -> Tensor | None:
+        """Hidden states of the calibration windows: in memory, or in a file that lives as long as its mapping."""
+        if self.tokens is None:
+            return None
+        if not self.plan.recipe.calibration.spill:
+            return self._stream.embed(self.tokens, self.dtype)
+        file = self.directory / FOLDER / "hidden-states.tmp"
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            _require_space(self.directory, math.prod(shape) * dtype.itemsize + self.plan.bytes)
+            mapped = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+            file.unlink()
+            return mapped
+
+        return self._stream.embed(self.tokens, self.dtype, allocate)
 
     def _probe_tokens(self) -> Tensor:
         if self.tokens is not None:

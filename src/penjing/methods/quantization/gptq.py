@@ -16,8 +16,8 @@ Worked example. W = [[0.6, 0.8]], H = [[2, 1], [1, 1]] (undamped), natural order
 Rounding to nearest gives [[1, 1]] with loss 0.52.
 
 The defaults, most active inputs first and groups fitted beforehand, keep groups contiguous, so that no group index is
-stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the five combinations tried. `group-activation` also
-keeps groups contiguous when they are fitted during the sweep (the idea of GPTQModel's group-aware reordering).
+stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the five combinations tried. `group-activation`
+also keeps groups contiguous when they are fitted during the sweep (the idea of GPTQModel's group-aware reordering).
 
 Differences from the authors' code, on purpose: a scale fitted during the sweep sees the weights as they are when the
 sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
