@@ -1,4 +1,4 @@
-"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line is a thin layer."""
+"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line adds nothing."""
 
 from __future__ import annotations
 
