@@ -100,7 +100,8 @@ def inspect(model: Model, *, trust_remote_code: bool = False) -> Inspection:
     specs = checkpoint.specs()
     layout = layout_of(checkpoint.config, specs or None, trust_remote_code=trust_remote_code)
     size = sum(spec.nbytes for spec in specs.values())
-    return Inspection(checkpoint.label, format_of(checkpoint.config).name, size, checkpoint.config, layout)
+    stored = "gguf" if checkpoint.path.suffix == ".gguf" else format_of(checkpoint.config).name
+    return Inspection(checkpoint.label, stored, size, checkpoint.config, layout)
 
 
 def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_remote_code: bool = False) -> Plan:

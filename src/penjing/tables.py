@@ -118,8 +118,11 @@ def inspection(result: Mapping[str, Any]) -> Group:
     for name, row in _rows(modules, ("kind", "shape", "parameters")):
         parameters = sum(module["parameters"] for module in row)
         table.add_row(name, str(len(row)), row[0]["kind"], _shape(row[0]["shape"]), f"{parameters:,}")
+    inputs = _table("linears that read one activation", "it comes from", "engines merge them")
+    for group in result["groups"]:
+        inputs.add_row(", ".join(group["linears"]), group["source"] or "", "yes" if group["fused"] else "")
     reasons = [f"never compressed: {name}: {reason}" for name, reason in result["never"].items()]
-    return Group(facts({key: result[key] for key in shown}), "", table, *map(escape, reasons))
+    return Group(facts({key: result[key] for key in shown}), "", table, "", inputs, *map(escape, reasons))
 
 
 def report(result: Mapping[str, Any]) -> Group:

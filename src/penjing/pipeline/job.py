@@ -24,7 +24,7 @@ from penjing.evaluation.windows import Protocol
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import measure
-from penjing.pipeline.journal import Fingerprint, Journal
+from penjing.pipeline.journal import Fingerprint, Journal, require_usable
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource
@@ -76,6 +76,7 @@ def prepare(
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
     check_tied_head(layout, checkpoint)
     plan = make_plan(checkpoint, layout, recipe)
+    require_usable(directory)
     limits = recipe.require
     if not measured and (limits.max_kl or limits.max_perplexity_ratio):
         raise PlanError("the recipe limits what may be lost (`require`), so the result has to be measured: evaluate it")

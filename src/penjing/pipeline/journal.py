@@ -29,6 +29,15 @@ class Fingerprint:
         return dict(self.__dict__)
 
 
+def require_usable(directory: Path) -> None:
+    """Raise OutputError unless the directory is missing, empty, or holds an unfinished run."""
+    unfinished = (directory / FOLDER / _FILE).is_file()
+    if not unfinished and directory.exists() and not _never_used(directory):
+        raise OutputError(
+            f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
+        )
+
+
 class Journal:
     """Finished shards of one output directory, on disk after every shard."""
 
@@ -44,11 +53,8 @@ class Journal:
         Raises OutputError for a directory with other contents or a finished run, ResumeError when something that
         decides the result has changed.
         """
+        require_usable(directory)
         path = directory / FOLDER / _FILE
-        if not path.is_file() and directory.exists() and not _never_used(directory):
-            raise OutputError(
-                f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
-            )
         for leftover in (*directory.glob(".*.tmp"), *path.parent.glob(".*.tmp")):
             leftover.unlink()
         if not path.is_file():
