@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from penjing import api
 from penjing.evaluation.report import Report
@@ -34,9 +35,21 @@ def recipe(texts: dict[str, Any], *steps: dict[str, Any], **keys: Any) -> dict[s
     return {"version": 1, "steps": list(steps), **texts, **keys}
 
 
-def compress(model: Path, wanted: dict[str, Any], output: Path, *, engine: bool = False, **options: Any) -> Report:
-    """`api.compress`; without `engine`, the result is read back by Penjing only, which saves a process."""
+def compress(
+    model: Path,
+    wanted: dict[str, Any],
+    output: Path,
+    *,
+    engine: bool = False,
+    arithmetic: torch.dtype = torch.float32,
+    **options: Any,
+) -> Report:
+    """`api.compress` with the same arithmetic on every machine.
+
+    Without `engine`, the result is read back by Penjing only, which saves a process.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "compute_dtype", lambda: arithmetic)
         if not engine:
             patch.setattr(job, "fits_in_memory", lambda parameters: False)
         return api.compress(model, wanted, output, **options)

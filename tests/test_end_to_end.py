@@ -337,3 +337,17 @@ def test_hidden_states_in_a_file_change_nothing(tiny_model, short_texts, tmp_pat
     compress(tiny_model("llama"), spilling, tmp_path / "file")
     assert shards(tmp_path / "file") == shards(tmp_path / "memory")
     assert not list((tmp_path / "file" / ".penjing").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("steps", [[four("gptq")], [four("awq")], [{"method": "wanda", "sparsity": 0.5}, four("gptq")]])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_matrix_units_of_half_width(family, steps, tiny_model, short_texts, tmp_path) -> None:
+    """Where the processor multiplies bf16 matrices, calibration runs in bf16; errors stay what they are in fp32."""
+    wanted = recipe(short_texts, *steps, format="native")
+    wide = compress(tiny_model(family), wanted, tmp_path / "wide")
+    narrow = compress(tiny_model(family), wanted, tmp_path / "narrow", arithmetic=torch.bfloat16)
+    assert narrow.calibration.dtype == "bfloat16"
+    errors = [(one.error, other.error) for one, other in zip(wide.modules, narrow.modules, strict=True) if one.error]
+    assert errors
+    for expected, found in errors:
+        assert found == pytest.approx(expected, rel=0.25, abs=0.01)
