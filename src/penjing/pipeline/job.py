@@ -25,6 +25,7 @@ from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import measure
 from penjing.pipeline.journal import Fingerprint, Journal, require_usable
+from penjing.pipeline.memory import share_one_heap
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource
@@ -106,6 +107,7 @@ def run(job: Job, progress: Progress) -> Report:
     stages = Stages()
     if job.calibration is not None:
         progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])
+    share_one_heap()
     journal = Journal.open(job.directory, job.fingerprint())
     with PeakMemory() as memory:
         with stages.stage("choose blocks"):
