@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -64,6 +65,7 @@ class PeakMemory:
         return max(self.total - self.baseline, 0)
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()  # garbage that goes away in the middle would hide as much of the peak
         self.exact = _reset_mark()
         self.baseline = _status("VmRSS") or _high_water_mark()
         return self
