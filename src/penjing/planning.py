@@ -20,6 +20,9 @@ from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step, did_you_mean
 from penjing.representations import Scheme
 
+BATCH_TOKENS = 2048
+"""Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
+
 TARGET_GROUPS: Mapping[str, ModuleKind] = {"linear": "linear", "embedding": "embedding", "lm_head": "head"}
 """Names that a recipe may use in `targets` and `ignore` besides module names and globs, and the kind each stands for.
 
@@ -310,7 +313,7 @@ def _memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
             states = {"hidden states of the calibration windows": 4 * tokens * layout.embedding.shape[1]}
         inside["Gram matrices"] = 4 * sum(width * width for width in widths)
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
-        inside["a batch of tokens in the block"] = 4 * 4096 * 4 * widths[-1]
+        inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
     moments = [{"embedding or head": outside, **states}, {**inside, **states}]
     return max(moments, key=lambda moment: sum(moment.values()))
 

@@ -21,10 +21,7 @@ from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import activation_fake_quant
 from penjing.pipeline.memory import give_back
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
-
-BATCH_TOKENS = 2048
-"""Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
-
+from penjing.planning import BATCH_TOKENS
 
 Allocate = Callable[..., Tensor]
 """Like `torch.empty(shape, dtype=dtype)`."""
@@ -105,12 +102,11 @@ class StreamedModel:
     def embed(self, tokens: Tensor, dtype: torch.dtype, allocate: Allocate = torch.empty) -> Tensor:
         """Input of the first block for token windows (S, T): -> (S, T, D) in `dtype`, in memory from `allocate`."""
         before, _ = modules_outside_blocks(self.layout)
-        batch = max(1, BATCH_TOKENS // tokens.shape[1])
         with self._filled(before, dtype):
             self._learn_calls(tokens[:1], dtype)
             first = self._first_hidden(tokens[:1])
             states = allocate((*tokens.shape, first.shape[-1]), dtype=dtype)
-            for windows, batch_states in zip(tokens.split(batch), states.split(batch), strict=True):
+            for windows, batch_states in zip(batches(tokens), batches(states), strict=True):
                 batch_states.copy_(self._first_hidden(windows))
         return states
 
@@ -230,7 +226,7 @@ class StreamedModel:
 
 
 def batches(states: Tensor) -> Sequence[Tensor]:
-    """Views of hidden states (S, T, D), each of a size that one forward pass takes."""
+    """Views of hidden states (S, T, D), or of token windows (S, T), each of a size that one forward pass takes."""
     return states.split(max(1, BATCH_TOKENS // states.shape[1]))
 
 
