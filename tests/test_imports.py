@@ -29,6 +29,7 @@ ORDER = [
     "models",
     "checkpoint",
     "numerics",
+    "memory",
     "errors",
 ]
 

@@ -1,4 +1,4 @@
-"""Bytes, memory and time."""
+"""Bytes and time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from penjing.evaluation.size import PeakMemory, Stages, bits_per_weight, readable_bytes, weight_bytes
+from penjing.evaluation.size import Stages, bits_per_weight, readable_bytes, weight_bytes
 
 
 def test_only_weight_files_count(tmp_path):
@@ -28,19 +28,6 @@ def test_bits_per_weight():
 )
 def test_readable_bytes(count, text):
     assert readable_bytes(count) == text
-
-
-def test_peak_memory_sees_what_was_freed_again():
-    with PeakMemory() as memory:
-        block = bytearray(200_000_000)
-        block[::4096] = b"x" * len(block[::4096])
-        del block
-    if not memory.exact:
-        pytest.skip("this system does not let a process reset its memory mark")
-    assert 190_000_000 < memory.bytes < 260_000_000
-    with PeakMemory() as later:
-        pass
-    assert later.bytes < 50_000_000
 
 
 def test_stages_add_up_and_survive_an_error():

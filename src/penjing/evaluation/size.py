@@ -1,15 +1,11 @@
-"""Bytes, bits per weight, peak memory and time: what a run takes and what its result weighs."""
+"""Bytes, bits per weight and time: what a result weighs and how long it took."""
 
 from __future__ import annotations
 
-import gc
-import resource
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
@@ -41,66 +37,6 @@ def readable_seconds(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-class PeakMemory:
-    """Largest resident memory while the block runs, above what was resident when it began.
-
-        with PeakMemory() as memory:
-            ...
-        memory.bytes        # above the baseline
-        memory.total        # the peak itself
-
-    Linux resets the kernel's high-water mark when the block begins. Where that is not allowed, and on macOS, the mark
-    is of the whole process: then `exact` is False and an earlier, higher peak hides this one.
-    """
-
-    def __init__(self) -> None:
-        self.baseline = 0
-        self.total = 0
-        self.exact = False
-
-    @property
-    def bytes(self) -> int:
-        return max(self.total - self.baseline, 0)
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()  # garbage that goes away in the middle would hide as much of the peak
-        self.exact = _reset_mark()
-        self.baseline = _status("VmRSS") or _high_water_mark()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.read()
-
-    def read(self) -> int:
-        """Bytes above the baseline up to now."""
-        self.total = _high_water_mark()
-        return self.bytes
-
-
-def _reset_mark() -> bool:
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return True
-    return False
-
-
-def _high_water_mark() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(key: str) -> int:
-    """A size in bytes from /proc/self/status, 0 where there is none."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name == key:
-                return int(value.split()[0]) * 1024
-    return 0
 
 
 class Stages:

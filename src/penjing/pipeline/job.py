@@ -19,13 +19,13 @@ from penjing.evaluation.card import model_card
 from penjing.evaluation.html import html_page
 from penjing.evaluation.metrics import Quality
 from penjing.evaluation.report import Report, Skipped, Software, Source
-from penjing.evaluation.size import PeakMemory, Stages, weight_bytes
+from penjing.evaluation.size import Stages, weight_bytes
 from penjing.evaluation.windows import Protocol
+from penjing.memory import PeakMemory, share_one_heap
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import measure
 from penjing.pipeline.journal import Fingerprint, Journal, require_usable
-from penjing.pipeline.memory import share_one_heap
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource

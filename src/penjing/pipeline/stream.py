@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import CheckpointError
+from penjing.memory import give_back
 from penjing.models import build_model, fill, find, release
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import activation_fake_quant
-from penjing.pipeline.memory import give_back
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
 from penjing.planning import BATCH_TOKENS
 
