@@ -152,7 +152,7 @@ class Walk:
             with self._stream.block(index, self.dtype) as block:
                 self._stream.advance(block, index, original)
         self._shard(index + 2, self.layout.of_block(index), partial(self._compress_block, index, states))
-        if states is not None:
+        if states is not None and self._are_read_after(index):
             if self.plan.recipe.propagate == "original":
                 states.copy_(original)
             else:
@@ -161,6 +161,11 @@ class Walk:
         with self._stream.block(index, torch.float32) as block:
             self._stream.advance(block, index, probe)
         return float((probe - expected).norm() / expected.norm())
+
+    def _are_read_after(self, index: int) -> bool:
+        """Whether anything looks at the calibration states that leave block `index`: the next block, or the head."""
+        _, after = modules_outside_blocks(self.layout)
+        return index + 1 < self.layout.blocks or bool(self._compressor(after, "", ()).needs())
 
     def _compress_block(self, index: int, states: Tensor | None, modules: Sequence[ModuleSpec]) -> list[ModuleResult]:
         compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index])
