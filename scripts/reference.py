@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from penjing.cli import app
 from penjing.methods import METHODS
 from penjing.methods.base import ActivationOptions
+from penjing.methods.quantization.kivi import KVCache
 from penjing.recipe import Calibration, Evaluation, Recipe, Requirements, Step
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
@@ -47,9 +48,10 @@ def recipe_page() -> str:
     for method in METHODS.values():
         methods += ["", f"### {method.name}", "", f"{method.summary} ({method.paper})", "", *_table(method.options)]
     sections: list[str] = []
-    for name, section in (("calibration", Calibration), ("evaluation", Evaluation), ("require", Requirements)):
+    parts = {"calibration": Calibration, "evaluation": Evaluation, "require": Requirements, "kv_cache": KVCache}
+    for name, section in parts.items():
         sections += ["", f"## {name}", "", (section.__doc__ or "").strip(), "", *_table(section)]
-    top = set(Recipe.model_fields) - {"steps", "calibration", "evaluation", "require"}
+    top = set(Recipe.model_fields) - {"steps", *parts}
     return _page("Recipe keys", ["## Top level", "", *_table(Recipe, top), "", *steps, *methods, *sections])
 
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penjing.formats import FORMATS
+from penjing.methods.quantization.rtn import rtn
 from penjing.models import layout_of
 from penjing.models.layout import ModuleSpec
+from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
-from penjing.representations import Dense, Masked, Quantized, Representation, Scheme
+from penjing.representations import Activations, Dense, Masked, Quantized, Representation, Scheme
 
 Pick = Callable[[ModuleSpec], Scheme | None]
 
@@ -26,6 +28,25 @@ Pick = Callable[[ModuleSpec], Scheme | None]
 def grid(bits: int, size: int | str | None = 16, symmetric: bool = True, rule: str = "full") -> IntegerGrid:
     """Scales in fp32, as the tiny models are."""
     return IntegerGrid(bits, size, symmetric, rule, torch.float32)
+
+
+FLOATS: dict[str, FloatGrid] = {
+    "nf4": FloatGrid("nf4", 32),
+    "nf4 double-quantised": FloatGrid("nf4", 32, "nested"),
+    "fp4": FloatGrid("fp4", 32),
+    "fp8": FloatGrid("e4m3", None),
+    "fp8 tensor": FloatGrid("e4m3", "tensor"),
+    "fp8 e5m2": FloatGrid("e5m2", None),
+    "fp8 block": FloatGrid("e4m3", 32, tile_rows=32),
+    "mxfp4": FloatGrid("e2m1", 32, "e8m0"),
+    "mxfp8": FloatGrid("e4m3", 32, "e8m0"),
+    "nvfp4": FloatGrid("e2m1", 16, "e4m3"),
+}
+
+
+def float_zero(bits: int, size: int | str | None = 16) -> IntegerGrid:
+    """Zero points of any value, as HQQ has them."""
+    return IntegerGrid(bits, size, False, scale_dtype=torch.float32, zero="float")
 
 
 def compress(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32, seed: int = 0) -> Representation:
@@ -45,8 +66,10 @@ def compress(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32,
     return values if kept is None else Masked(values, kept)
 
 
-def quantise(weight: Tensor, on: IntegerGrid, ordered: bool = False, seed: int = 0) -> Quantized:
+def quantise(weight: Tensor, on: ScaledGrid, ordered: bool = False, seed: int = 0) -> Quantized:
     """Codes of the nearest values; `ordered` shuffles the columns before they are grouped."""
+    if isinstance(on, FloatGrid):
+        return rtn(weight, on)
     columns = weight.shape[1]
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) if ordered else torch.arange(columns)
     scale, zero = on.fit_rows(weight[:, order])
@@ -57,7 +80,7 @@ def quantise(weight: Tensor, on: IntegerGrid, ordered: bool = False, seed: int =
         index[order] = (torch.arange(columns) // on.columns_per_group(columns)).to(torch.int32)
     stored = torch.empty_like(codes)
     stored[:, order] = codes
-    zero_point = None if on.symmetric else zero.to(torch.int8)
+    zero_point = None if on.symmetric else zero.to(on.zero_dtype)
     return Quantized(stored.to(torch.int8), scale.to(on.scale_dtype), zero_point, on, index)
 
 
@@ -94,7 +117,8 @@ def _compressed_tensors() -> dict[str, Case]:
     def case(pick: Pick, family: str = "llama", tied: bool = False) -> Case:
         return Case("compressed-tensors", family, pick, tied)
 
-    w8a8 = Scheme(grid(8, None), activations=8)
+    w8a8 = Scheme(grid(8, None), activations=Activations())
+    fp8 = Activations(kind="float")
     cases = {f"{bits} bits": case(linear(Scheme(grid(bits)))) for bits in range(2, 9)}
     cases |= {f"{bits} bits asymmetric": case(linear(Scheme(grid(bits, 32, False)))) for bits in (2, 3, 4, 8)}
     return cases | {
@@ -108,9 +132,9 @@ def _compressed_tensors() -> dict[str, Case]:
         "sparse values": case(linear(Scheme(sparsity=0.4))),
         "2:4 codes": case(linear(Scheme(grid(4), 0.5, (2, 4)))),
         "w8a8": case(linear(w8a8)),
-        "w8a8 asymmetric": case(linear(Scheme(grid(8, None, False), activations=8))),
-        "w8a8 tensor": case(linear(Scheme(grid(8, "tensor"), activations=8))),
-        "w4a8": case(linear(Scheme(grid(4), activations=8))),
+        "w8a8 asymmetric": case(linear(Scheme(grid(8, None, False), activations=Activations()))),
+        "w8a8 tensor": case(linear(Scheme(grid(8, "tensor"), activations=Activations()))),
+        "w4a8": case(linear(Scheme(grid(4), activations=Activations()))),
         "mixed": case(by_part({"mlp": w8a8, "q_proj": Scheme(grid(3)), "layers.0": Scheme(grid(5, 32))})),
         "head": case(of_kind({"linear": Scheme(grid(4)), "head": Scheme(grid(8, None))})),
         "tied, linears only": case(linear(Scheme(grid(4))), tied=True),
@@ -126,6 +150,29 @@ def _compressed_tensors() -> dict[str, Case]:
         "experts": case(linear(Scheme(grid(4))), "qwen3_moe"),
         "experts mixed": case(by_part({"experts": Scheme(grid(3)), "self_attn": Scheme(grid(8, None))}), "mixtral"),
         "experts only": case(by_part({"experts": Scheme(grid(3))}), "mixtral"),
+        **{
+            name: case(linear(Scheme(FLOATS[name])))
+            for name in ("fp8", "fp8 tensor", "fp8 block", "mxfp4", "mxfp8", "nvfp4")
+        },
+        "fp8 inputs": case(linear(Scheme(FLOATS["fp8"], activations=fp8))),
+        "int4, fp8 inputs": case(linear(Scheme(grid(4), activations=fp8))),
+        "fp8 experts": case(linear(Scheme(FLOATS["fp8"])), "qwen3_moe"),
+        "mxfp4 embedding": case(matrices(Scheme(FLOATS["mxfp4"])), tied=True),
+        "nvfp4 sparse codes": case(linear(Scheme(FLOATS["nvfp4"], sparsity=0.4))),
+    }
+
+
+def _bitsandbytes() -> dict[str, Case]:
+    def case(pick: Pick, family: str = "llama", tied: bool = False) -> Case:
+        return Case("bitsandbytes", family, pick, tied)
+
+    nested = Scheme(FLOATS["nf4 double-quantised"])
+    return {
+        **{name: case(linear(Scheme(FLOATS[name]))) for name in ("nf4", "nf4 double-quantised", "fp4")},
+        "head, biases": case(of_kind({"linear": nested, "head": nested}), "gpt_neox"),
+        "tied": case(linear(nested), "gemma3", tied=True),
+        "sparse codes": case(linear(replace(nested, sparsity=0.4))),
+        "attention beside experts": case(by_part({"self_attn": nested}), "mixtral"),
     }
 
 
@@ -138,6 +185,9 @@ def _native() -> dict[str, Case]:
         "tensor asymmetric": case(linear(Scheme(grid(4, "tensor", False)))),
         "signed-max": case(linear(Scheme(grid(4, None, True, "signed-max")))),
         "ordered": case(linear(Scheme(grid(4, 24, False), ordered=True))),
+        "float zero": case(linear(Scheme(float_zero(4, 24)))),
+        "float zero, sparse, ordered": case(linear(Scheme(float_zero(3, 20), 0.4, ordered=True)), "gpt2", True),
+        "float zero, tensor": case(linear(Scheme(float_zero(3, "tensor")))),
         "sparse values": case(linear(Scheme(sparsity=0.37))),
         "sparse codes": case(linear(Scheme(grid(3, 16, False), sparsity=0.37))),
         "2:4 codes": case(linear(Scheme(grid(3), 0.5, (2, 4)))),
@@ -145,22 +195,27 @@ def _native() -> dict[str, Case]:
         "tied embedding": case(
             of_kind({"linear": Scheme(grid(4, 48)), "embedding": Scheme(grid(5, 24, False))}), tied=True
         ),
-        "w8a8": case(linear(Scheme(grid(8, None), activations=8))),
-        "w3a8": case(linear(Scheme(grid(3, 20), activations=8))),
-        "only inputs": case(linear(Scheme(activations=8))),
+        "w8a8": case(linear(Scheme(grid(8, None), activations=Activations()))),
+        "w3a8": case(linear(Scheme(grid(3, 20), activations=Activations()))),
+        "only inputs": case(linear(Scheme(activations=Activations()))),
         "gpt2": case(of_kind({"linear": Scheme(grid(4, 24)), "embedding": Scheme(grid(8))}), "gpt2", tied=True),
-        "opt w8a8": case(linear(Scheme(grid(8, None), activations=8)), "opt"),
-        "gpt2 w8a8": case(linear(Scheme(grid(8, None), activations=8)), "gpt2", tied=True),
+        "opt w8a8": case(linear(Scheme(grid(8, None), activations=Activations())), "opt"),
+        "gpt2 w8a8": case(linear(Scheme(grid(8, None), activations=Activations())), "gpt2", tied=True),
         "phi3": case(linear(Scheme(grid(2, 24))), "phi3"),
         "experts asymmetric": case(linear(Scheme(grid(4, 24, False))), "qwen3_moe"),
         "experts of one block": case(by_part({"0.block_sparse_moe.experts": Scheme(grid(3), 0.5)}), "mixtral"),
         "attention beside experts": case(by_part({"self_attn": Scheme(grid(3))}), "mixtral"),
         "mixed": case(by_part({"mlp": Scheme(sparsity=0.5), "q_proj": Scheme(grid(3)), "v_proj": Scheme(grid(5))})),
+        **{name: case(matrices(Scheme(on)), "gpt2", tied=True) for name, on in FLOATS.items()},
+        "nf4, groups of 40": case(linear(Scheme(replace(FLOATS["nf4 double-quantised"], group_size=40)))),
+        "nvfp4 experts": case(linear(Scheme(FLOATS["nvfp4"])), "mixtral"),
+        "mxfp4 sparse codes": case(linear(Scheme(FLOATS["mxfp4"], sparsity=0.37))),
     }
 
 
 CASES: dict[str, Case] = {
     **{f"compressed-tensors, {name}": case for name, case in _compressed_tensors().items()},
+    **{f"bitsandbytes, {name}": case for name, case in _bitsandbytes().items()},
     **{f"native, {name}": case for name, case in _native().items()},
     "dense, fake-quantised": Case("dense", "llama", matrices(Scheme(grid(3)))),
     "dense, gpt2": Case("dense", "gpt2", linear(Scheme(sparsity=0.5)), True),

@@ -89,7 +89,7 @@ def test_python_in_pages_compiles() -> None:
 
 def test_every_method_has_a_line_among_the_papers() -> None:
     text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([^|]+) \|", text, re.MULTILINE))
     assert list(rows) == list(METHODS)
     for name, paper in rows.items():
         numbers = re.findall(r"\d{4}\.\d{5}", METHODS[name].paper)

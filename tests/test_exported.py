@@ -9,9 +9,12 @@ import penjing
 
 EXPORTED = [
     "FORMATS",
+    "KVCache",
     "METHODS",
     "PenjingError",
+    "QuantizedCache",
     "Recipe",
+    "allocate",
     "compare",
     "compress",
     "evaluate",

@@ -36,6 +36,31 @@ BAD: dict[str, tuple[type[PenjingError], str, list[dict[str, Any]], dict[str, An
     "bits": (RecipeError, r"bits", [step("rtn", bits=9)], {}),
     "format": (RecipeError, r"format", [RTN], {"format": "gguf2"}),
     "version": (RecipeError, r"version", [RTN], {"version": 7}),
+    "static tokens": (
+        RecipeError,
+        r"static inputs have one scale for all tokens",
+        [W8A8 | {"activations": {"dynamic": False, "granularity": "token"}}],
+        {},
+    ),
+    "dynamic observer": (
+        RecipeError,
+        r"`observer: mse` needs dynamic: false",
+        [W8A8 | {"activations": {"observer": "mse"}}],
+        {},
+    ),
+    "fp8 of 4 bits": (RecipeError, r"fp8 inputs have 8 bits", [W8A8 | {"activations": {"type": "fp8", "bits": 4}}], {}),
+    "static threshold": (
+        RecipeError,
+        r"`threshold` goes with dynamic",
+        [W8A8 | {"activations": {"dynamic": False, "threshold": 6.0}}],
+        {},
+    ),
+    "llm-int8 with activations": (
+        PlanError,
+        r"the method says itself how inputs are rounded",
+        [step("llm-int8", activations={})],
+        {"format": "native"},
+    ),
     "both kinds of sparsity": (RecipeError, r"either `sparsity`", [step("wanda", sparsity=0.5, pattern="2:4")], {}),
     "pattern that is none": (RecipeError, r"0 < N < M", [step("wanda", pattern="4:2")], {}),
     "pattern against the row": (
@@ -49,13 +74,45 @@ BAD: dict[str, tuple[type[PenjingError], str, list[dict[str, Any]], dict[str, An
     "nothing left": (PlanError, r"applies to no module", [RTN | {"ignore": ["linear"]}], {}),
     "group": (PlanError, r"group_size 48 does not divide the 64 inputs", [step("rtn", group_size=48)], {}),
     "scattered groups": (PlanError, r"group index", [step("gptq", group_size=32, static_groups=False)], {}),
+    "pruned, then owq": (
+        PlanError,
+        r"step 2 \(owq\) on model\.layers\.0\.\S+: owq keeps whole columns and would fill what an earlier step pruned",
+        [WANDA, step("owq", columns=2)],
+        {"format": "native"},
+    ),
+    "owq without room": (
+        PlanError,
+        r"on model\.layers\.0\.\S+: target_bits 3\.01 has no room for a dense column",
+        [step("owq", target_bits=3.01)],
+        {"format": "native"},
+    ),
+    "owq elsewhere": (PlanError, r"use format native", [step("owq", columns=2, group_size=32)], {}),
+    "spqr elsewhere": (PlanError, r"use format native", [step("spqr")], {}),
     "twice quantised": (PlanError, r"already quantised", [RTN, GPTQ], {}),
     "pruned after quantising": (PlanError, r"prune before quantising", [RTN, WANDA], {}),
     "smoothed after pruning": (PlanError, r"must be the first to touch", [WANDA, step("smoothquant"), W8A8], {}),
+    "rotated too late": (PlanError, r"step 2 \(rotation\) .* make it the first", [WANDA, step("rotation")], {}),
+    "rotated twice": (PlanError, r"make it the first", [step("rotation"), step("rotation")], {}),
+    "blocks removed after a rotation": (PlanError, r"move it before", [step("rotation"), step("shortgpt", drop=1)], {}),
+    "a rotation of some modules": (RecipeError, r"unknown key 'targets'", [step("rotation", targets=["linear"])], {}),
+    "nothing to rotate": (RecipeError, r"nothing to rotate", [step("rotation", residual=False, heads=False)], {}),
     "blocks removed too late": (PlanError, r"move it before", [WANDA, step("shortgpt", drop=1)], {}),
     "all blocks removed": (PlanError, r"removes 2 of 2 blocks", [step("shortgpt", drop=2)], {}),
     "all blocks removed in two steps": (PlanError, r"2 of 2", [step("shortgpt", drop=1), step("shortgpt", drop=1)], {}),
     "embedding with a method that looks": (PlanError, r"embedding has none", [GPTQ | {"targets": ["embedding"]}], {}),
+    "comparing the dense model with itself": (
+        PlanError,
+        r"they are the same; drop `propagate` or `asymmetric`",
+        [GPTQ | {"asymmetric": True}],
+        {"propagate": "original"},
+    ),
+    "float zero points in integer kernels": (PlanError, r"not whole numbers", [step("hqq", group_size=32)], {}),
+    "scales of no integers searched": (
+        RecipeError,
+        r"looks for scales of integers",
+        [step("rtn", type="nf4", scale_search="gram")],
+        {},
+    ),
     "activations without weights": (
         PlanError,
         r"`activations` belongs to the step that quantises",
@@ -146,6 +203,8 @@ def test_experts_and_routers(tiny_model, tmp_path) -> None:
     short = texts(tmp_path / "texts")
     with pytest.raises(PlanError, match=r"gate must not be compressed"):
         api.plan(tiny_model("mixtral"), recipe(short, RTN | {"targets": ["*.gate"]}))
+    with pytest.raises(PlanError, match=r"other tokens may reach this expert"):
+        api.plan(tiny_model("mixtral"), recipe(short, GPTQ | {"asymmetric": True}))
     with pytest.raises(PlanError, match=r"experts only with symmetric"):
         api.plan(tiny_model("mixtral"), recipe(short, RTN | {"symmetric": False}))
 

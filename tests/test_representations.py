@@ -7,7 +7,7 @@ import naive
 from penjing.methods.quantization.gptq import gptq
 from penjing.methods.quantization.rtn import rtn
 from penjing.numerics.grids import IntegerGrid
-from penjing.representations import Dense, Masked, Quantized, Scheme
+from penjing.representations import Activations, Dense, Masked, Quantized, Scheme
 
 
 def quantized(size=4, *, symmetric=True, bits=4, index=False):
@@ -73,5 +73,5 @@ def test_rows_decode_like_the_whole(index):
 
 def test_scheme_is_dense_until_something_is_done():
     assert Scheme().dense
-    for changed in (Scheme(grid=IntegerGrid()), Scheme(sparsity=0.5), Scheme(pattern=(2, 4)), Scheme(activations=8)):
-        assert not changed.dense
+    changes = ({"grid": IntegerGrid()}, {"sparsity": 0.5}, {"pattern": (2, 4)}, {"activations": Activations()})
+    assert not any(Scheme(**change).dense for change in changes)

@@ -26,6 +26,10 @@ HYBRID = (
     {"method": "wanda", "sparsity": 0.25},
     {"method": "gptq", "bits": 4, "group_size": 32},
 )
+ASYMMETRIC = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "targets": ["*.mlp.*", "lm_head"]},)
+"""The dense model's hidden states have to be where they were."""
+
+ROTATED = ({"method": "rotation"}, {"method": "gptq", "bits": 4, "group_size": 32})
 AWQ = ({"method": "awq", "bits": 4, "group_size": 32, "steps": 2},)
 LAYERS = 4
 
@@ -56,7 +60,11 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Non
     monkeypatch.setattr(walk, "write_shard", killing)
 
 
-@pytest.mark.parametrize(("steps", "propagate"), [(HYBRID, "compressed"), (AWQ, "original")], ids=["hybrid", "awq"])
+@pytest.mark.parametrize(
+    ("steps", "propagate"),
+    [(HYBRID, "compressed"), (AWQ, "original"), (ROTATED, "compressed"), (ASYMMETRIC, "compressed")],
+    ids=["hybrid", "awq", "rotated", "asymmetric"],
+)
 def test_stopped_at_every_shard(steps, propagate, tiny_model, short, tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", layers=LAYERS)
     wanted = recipe(short, *steps, propagate=propagate)

@@ -16,19 +16,24 @@ from typing import TYPE_CHECKING, Any
 from penjing.transformers_hook import install as _install_loader
 
 if TYPE_CHECKING:
-    from penjing.api import compare, compress, evaluate, inspect, plan, verify
+    from penjing.api import allocate, compare, compress, evaluate, inspect, plan, verify
     from penjing.errors import PenjingError
     from penjing.formats import FORMATS
     from penjing.methods import METHODS
+    from penjing.methods.quantization.kivi import KVCache
     from penjing.recipe import Recipe, load_recipe
+    from penjing.runtime.kv_cache import QuantizedCache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FORMATS",
     "METHODS",
+    "KVCache",
     "PenjingError",
+    "QuantizedCache",
     "Recipe",
+    "allocate",
     "compare",
     "compress",
     "evaluate",
@@ -40,8 +45,10 @@ __all__ = [
 
 _HOME = {
     "FORMATS": "penjing.formats",
+    "KVCache": "penjing.methods.quantization.kivi",
     "METHODS": "penjing.methods",
     "PenjingError": "penjing.errors",
+    "QuantizedCache": "penjing.runtime.kv_cache",
     "Recipe": "penjing.recipe",
     "load_recipe": "penjing.recipe",
 }

@@ -1,4 +1,4 @@
-"""What `import penjing` offers: plan, compress, evaluate, compare, verify, inspect. The command line adds nothing."""
+"""What `import penjing` offers: plan, allocate, compress, evaluate and so on. The command line adds nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penjing.checkpoint import Checkpoint, open_checkpoint
-from penjing.errors import PlanError
+from penjing.errors import OutputError, PlanError
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
 from penjing.planning import Plan, make_plan
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from penjing.evaluation.metrics import Quality
     from penjing.evaluation.report import Report
     from penjing.evaluation.windows import Protocol
+    from penjing.methods.quantization.kivi import KVCache
+    from penjing.pipeline.allocation import Allocation
     from penjing.pipeline.measure import Candidate
+    from penjing.pipeline.sensitivity import Sensitivity
     from penjing.pipeline.verification import Verification
     from penjing.pipeline.walk import Progress
+    from penjing.runtime.memory import CacheMemory
 
 # What walks a model is imported by the functions that walk one: a plan should take no longer than it must.
 
@@ -73,7 +77,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measured model: the numbers, the protocol they were measured under, and the model's size."""
+    """A measured model: the numbers, the protocol they were measured under, and the model's size.
+
+    kv_cache  what a quantised cache holds after one window, when the model was read through one
+    """
 
     model: str
     against: str | None
@@ -81,6 +88,7 @@ class Evaluation:
     parameters: int
     quality: Quality
     protocol: Protocol
+    kv_cache: CacheMemory | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -90,6 +98,7 @@ class Evaluation:
             "bytes": self.bytes,
             "bits_per_weight": 8 * self.bytes / self.parameters,
             **asdict(self.quality),
+            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
             "protocol": asdict(self.protocol) | {"sentence": self.protocol.sentence()},
         }
 
@@ -112,7 +121,58 @@ def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_re
     chosen = load_recipe(recipe)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, weights=False)
     layout = layout_of(checkpoint.config, checkpoint.specs() or None, trust_remote_code=trust_remote_code)
+    if chosen.kv_cache is not None:
+        from penjing.pipeline import decoding
+
+        decoding.require_cacheable(checkpoint.config, chosen.kv_cache, trust_remote_code=trust_remote_code)
     return make_plan(checkpoint, layout, chosen)
+
+
+def allocate(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    budget: int | str | None = None,
+    bits: float | None = None,
+    choices: str = "2,3,4,6,8",
+    by: Sensitivity = "gradient",
+    output: str | Path | None = None,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Allocation:
+    """Choose bits for every linear so that the predicted loss is least within a budget; a recipe comes out.
+
+    budget   bytes of the whole model, as a number or as words ("80MB"); or else
+    bits     per weight of the linears of the blocks, scales included
+    choices  bits, bits with a group size (`3g64`) and `dense`, with commas; they replace those of the recipe's steps
+    by       how losses are estimated: `output`, `gradient` or `kl`
+    output   a new file for the recipe, in YAML
+
+    Raises PlanError when nothing fits the budget, OutputError when the file exists.
+    """
+    from penjing.models import check_tied_head
+    from penjing.pipeline import allocation, menu
+
+    chosen, wanted = load_recipe(recipe), menu.read_choices(choices)
+    if output is not None and Path(output).exists():
+        raise OutputError(f"{output} exists; a recipe is not overwritten")
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+    check_tied_head(layout, checkpoint)
+    result = allocation.allocate(
+        checkpoint,
+        layout,
+        chosen,
+        budget=budget,
+        bits=bits,
+        choices=wanted,
+        by=by,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    if output is not None:
+        Path(output).write_text(result.recipe_text(), encoding="utf-8")
+    return result
 
 
 def compress(
@@ -157,13 +217,24 @@ def evaluate(
     data: str = "builtin",
     windows: int | None = 8,
     length: int = 2048,
+    kv_cache: KVCache | None = None,
     progress: Progress = _silent,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Perplexity of a model and, `against` another, KL divergence and top-1 agreement on the same tokens."""
-    models = [model] if against is None else [against, model]
+    """Perplexity of a model and, `against` another, KL divergence and top-1 agreement on the same tokens.
+
+    With `kv_cache` the model reads its past through such a cache, and is compared with itself when `against` is None.
+    """
+    if kv_cache is not None and against is None:
+        against = model
     results = compare(
-        models, data=data, windows=windows, length=length, progress=progress, trust_remote_code=trust_remote_code
+        [model] if against is None else [against, model],
+        data=data,
+        windows=windows,
+        length=length,
+        kv_cache=kv_cache,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
     )
     return results[-1]
 
@@ -174,15 +245,17 @@ def compare(
     data: str = "builtin",
     windows: int | None = 8,
     length: int = 2048,
+    kv_cache: KVCache | None = None,
     progress: Progress = _silent,
     trust_remote_code: bool = False,
 ) -> list[Evaluation]:
     """Measure several models on the same text; the first is the reference the others are compared with.
 
+    With `kv_cache`, all but the first read their past through such a cache; the first always has a full one.
     Raises PlanError when vocabularies differ: their logits cannot be compared.
     """
     from penjing.evaluation.size import weight_bytes
-    from penjing.pipeline import measure
+    from penjing.pipeline import decoding, measure
     from penjing.pipeline.stream import StreamedModel
     from penjing.pipeline.text import TextSource
     from penjing.pipeline.weights import Weights
@@ -191,6 +264,7 @@ def compare(
     layouts = [layout_of(each.config, each.specs(), trust_remote_code=trust_remote_code) for each in checkpoints]
     for checkpoint, layout in zip(checkpoints, layouts, strict=True):
         _require_same_vocabulary(checkpoint, layout, layouts[0])
+        decoding.require_cacheable(checkpoint.config, kv_cache, trust_remote_code=trust_remote_code)
     text = TextSource(checkpoints[0]).evaluation(data, windows, length)
     reference: Candidate | None = None
     results = []
@@ -198,12 +272,16 @@ def compare(
         stream = StreamedModel(
             checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code
         )
-        advanced = partial(measure.report_block, progress, f"evaluate {checkpoint.label}", layout.blocks)
-        candidate = measure.run(stream, text.tokens, advanced)
+        through = None if reference is None else kv_cache
+        label = checkpoint.label if through is None else f"{checkpoint.label}, {through.bits}-bit KV cache"
+        advanced = partial(measure.report_block, progress, f"evaluate {label}", layout.blocks)
+        dtype = decoding.model_dtype(checkpoint.config)
+        candidate, held = decoding.run(stream, text.tokens, through, dtype, advanced)
         quality = measure.compare(candidate, text.tokens, reference).result()
         against = None if reference is None else checkpoints[0].label
         size = weight_bytes(checkpoint.path)
-        results.append(Evaluation(checkpoint.label, against, size, layout.parameters, quality, text.protocol))
+        protocol = decoding.describe(text.protocol, through)
+        results.append(Evaluation(label, against, size, layout.parameters, quality, protocol, held))
         reference = reference or candidate
     return results
 

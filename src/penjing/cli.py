@@ -26,6 +26,7 @@ from penjing.errors import PenjingError
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from penjing.methods.quantization.kivi import KVCache
     from penjing.recipe import Recipe
 
 app = typer.Typer(
@@ -53,6 +54,19 @@ EvalDataOption = Annotated[
 ]
 WindowsOption = Annotated[int, typer.Option("--windows", min=1, help="windows of text to evaluate on")]
 EvalLengthOption = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
+KVBitsOption = Annotated[
+    int | None, typer.Option("--kv-bits", help="read the past through a KV cache of 2, 3, 4 or 8 bits")
+]
+KVGroupOption = Annotated[int | None, typer.Option("--kv-group", help="tokens or channels that share a scale  [32]")]
+KVResidualOption = Annotated[int | None, typer.Option("--kv-residual", help="newest tokens kept in full  [128]")]
+
+
+class SensitivityName(StrEnum):
+    """How `penjing allocate` estimates losses."""
+
+    output = "output"
+    gradient = "gradient"
+    kl = "kl"
 
 
 class Listing(StrEnum):
@@ -120,6 +134,47 @@ def plan(
 
 
 @app.command()
+def allocate(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="a new file for the recipe")],
+    budget: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="of the whole model: 80MB")] = None,
+    bits: Annotated[float | None, typer.Option(min=0, help="per weight of the linears, scales included")] = None,
+    choices: Annotated[
+        str, typer.Option(metavar="LIST", help="bits, bits with a group size (3g64), `dense`")
+    ] = "2,3,4,6,8",
+    by: Annotated[
+        SensitivityName,
+        typer.Option(help="estimate of losses: relative output error, expected from gradients, measured KL"),
+    ] = SensitivityName.gradient,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    format: FormatOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Choose bits for every linear within a budget, by measured losses; writes a recipe for `compress`."""
+    from penjing import api, tables
+
+    chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
+    with _working() as progress:
+        result = api.allocate(
+            model,
+            chosen,
+            budget=budget,
+            bits=bits,
+            choices=choices,
+            by=by.value,
+            output=output,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    _show(result.as_dict(), tables.allocation, as_json)
+
+
+@app.command()
 def compress(
     model: ModelArgument,
     recipe: RecipeOption,
@@ -151,6 +206,9 @@ def evaluate(
     data: EvalDataOption = "builtin",
     windows: WindowsOption = 8,
     length: EvalLengthOption = 2048,
+    kv_bits: KVBitsOption = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -164,6 +222,7 @@ def evaluate(
             data=data,
             windows=windows,
             length=length,
+            kv_cache=_kv_cache(kv_bits, kv_group, kv_residual),
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
@@ -176,6 +235,9 @@ def compare(
     data: EvalDataOption = "builtin",
     windows: WindowsOption = 8,
     length: EvalLengthOption = 2048,
+    kv_bits: KVBitsOption = None,
+    kv_group: KVGroupOption = None,
+    kv_residual: KVResidualOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -188,6 +250,7 @@ def compare(
             data=data,
             windows=windows,
             length=length,
+            kv_cache=_kv_cache(kv_bits, kv_group, kv_residual),
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
@@ -205,6 +268,15 @@ def verify(
     with _working() as progress:
         result = api.verify(directory, progress=progress)
     _show(result.as_dict(), tables.facts, as_json)
+
+
+def _kv_cache(bits: int | None, group_size: int | None, residual: int | None) -> KVCache | None:
+    """The cache that the options describe, if any of them is given."""
+    if bits is None and group_size is None and residual is None:
+        return None
+    from penjing.methods.quantization.kivi import KVCache
+
+    return KVCache.of(bits=bits, group_size=group_size, residual=residual)
 
 
 def _recipe(name: str, format: str | None, **calibration: Any) -> Recipe:

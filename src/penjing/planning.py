@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from penjing.checkpoint.base import Checkpoint
+from penjing.costs import compares, operations, peak_memory
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
+from penjing.methods.base import Rewriting
 from penjing.models.layout import Layout, ModuleKind, ModuleSpec
+from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step, did_you_mean
 from penjing.representations import Scheme
-
-BATCH_TOKENS = 2048
-"""Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
 
 TARGET_GROUPS: Mapping[str, ModuleKind] = {"linear": "linear", "embedding": "embedding", "lm_head": "head"}
 """Names that a recipe may use in `targets` and `ignore` besides module names and globs, and the kind each stands for.
@@ -52,9 +52,11 @@ class PlanRow:
 class Plan:
     """The resolved job. `rows` speak of the model before blocks are removed.
 
-    memory   what is in memory at the worst moment, in bytes, by part
-    seconds  forward passes and statistics at the speed of matrix products measured on this machine; what the methods
-             themselves do, verification and evaluation come on top
+    layout     of the model that is walked, which is the rewritten one when the recipe rewrites it
+    memory     what is in memory at the worst moment, in bytes, by part
+    seconds    forward passes and statistics at the speed of matrix products measured on this machine; what the methods
+               themselves do, verification and evaluation come on top
+    rewriting  the tensors that another model of the same function has instead; None when the recipe asks for none
     """
 
     label: str
@@ -66,6 +68,7 @@ class Plan:
     warnings: tuple[str, ...]
     memory: Mapping[str, int]
     seconds: float
+    rewriting: Rewriting | None = None
 
     @property
     def format(self) -> Format:
@@ -128,12 +131,14 @@ def describe(scheme: Scheme) -> str:
     elif scheme.sparsity:
         words.append(f"{scheme.sparsity:.0%} sparse")
     if scheme.grid:
-        size = scheme.grid.group_size
-        group = "per tensor" if size == "tensor" else "per channel" if size is None else f"g{size}"
-        kind = "symmetric" if scheme.grid.symmetric else "asymmetric"
-        rule = "" if not scheme.grid.symmetric or scheme.grid.scale_rule == "full" else f" {scheme.grid.scale_rule}"
-        activations = f"A{scheme.activations}" if scheme.activations else ""
-        words.append(f"W{scheme.grid.bits}{activations} {group} {kind}{rule}")
+        activations = f"A{scheme.activations.bits}" if scheme.activations else ""
+        words.append(f"W{scheme.grid.bits}{activations} {scheme.grid.label}")
+    if scheme.activations and scheme.activations.label:
+        words.append(scheme.activations.label)
+    if scheme.columns:
+        words.append(f"{scheme.columns} columns dense")
+    if scheme.outliers:
+        words.append(f"about {scheme.outliers:.1%} outliers dense")
     return ", ".join(words) or "dense"
 
 
@@ -145,6 +150,9 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
             "start from the dense model"
         )
     dtype = storage_dtype(checkpoint.config, recipe)
+    tied = layout.tied
+    if (rewriting := _rewriting(recipe, layout)) is not None:
+        layout = rewriting.layout
     assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
     rows = [_resolve(module, assigned.get(module.name, ()), recipe, target, dtype) for module in layout.modules]
@@ -152,6 +160,15 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
     if conflicts := target.conflicts(weights):
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
     _check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
+    warnings = [f"{row.module.name} stays dense: {row.note}" for row in rows if row.note]
+    warnings += rewriting.notes if rewriting else ()
+    if tied and not layout.tied:
+        rows = [replace(row, source_bytes=0) if row.module.kind == "head" else row for row in rows]
+        warnings += [
+            f"{row.module.name} is no longer tied to the embedding: {row.bytes:,} bytes more"
+            for row in rows
+            if row.module.kind == "head"
+        ]
     return Plan(
         label=checkpoint.label,
         recipe=recipe,
@@ -159,10 +176,17 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
         dtype=dtype,
         rows=tuple(rows),
         drop=_blocks_to_drop(recipe, layout),
-        warnings=tuple(f"{row.module.name} stays dense: {row.note}" for row in rows if row.note),
-        memory=_memory(recipe, layout),
-        seconds=_flops(recipe, rows) / matmul_rate(compute_dtype()),
+        warnings=tuple(warnings),
+        memory=peak_memory(recipe, layout),
+        seconds=operations(recipe, [(row.module, row.steps) for row in rows]) / matmul_rate(compute_dtype()),
+        rewriting=rewriting,
     )
+
+
+def _rewriting(recipe: Recipe, layout: Layout) -> Rewriting | None:
+    """What the recipe's rewriting step asks for. `_assign` sees to it that there is one at most, before all others."""
+    wanted = (step.definition.rewrite(layout, step.options) for step in recipe.steps if step.definition.rewrite)
+    return next(wanted, None)
 
 
 def storage_dtype(config: Mapping[str, Any], recipe: Recipe) -> torch.dtype:
@@ -188,7 +212,19 @@ def _assign(recipe: Recipe, layout: Layout) -> dict[str, list[int]]:
                     "move it before them, so that its scores are those of the model that is cut"
                 )
             continue
+        if step.definition.rewrite is not None and changed:
+            raise PlanError(
+                f"step {number + 1} ({step.method}) rewrites the whole model but comes after a step that changes "
+                "weights; make it the first step, or the first after those that remove blocks"
+            )
+        if compares(step) and recipe.propagate == "original":
+            raise PlanError(
+                f"step {number + 1} ({step.method}): the method compares the compressed model's inputs with the dense "
+                "model's, and with `propagate: original` they are the same; drop `propagate` or `asymmetric`"
+            )
         changed = True
+        if step.definition.on_model:
+            continue
         for name in selected(step, number, layout):
             assigned.setdefault(name, []).append(number)
     return assigned
@@ -236,9 +272,12 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
     for number in steps:
         step = recipe.steps[number]
         _check_step(module, scheme, step, number, [recipe.steps[other] for other in steps if other < number])
-        scheme = step.options.scheme(scheme, dtype)
+        try:
+            scheme = step.options.for_matrix(module.shape, dtype).scheme(scheme, dtype)
+        except ValueError as error:
+            raise PlanError(f"step {number + 1} ({step.method}) on {module.name}: {error}") from error
         if step.activations:
-            scheme = replace(scheme, activations=step.activations.bits)
+            scheme = replace(scheme, activations=step.activations.chosen())
     problems = [] if scheme.dense else [*_pattern_problems(module, scheme), *target.problems(module, scheme)]
     if problems:
         if recipe.on_unsupported == "error":
@@ -259,7 +298,9 @@ def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
 
 def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, earlier: Sequence[Step]) -> None:
     label = f"step {number + 1} ({step.method}) on {module.name}"
-    if step.definition.linear is not None and before.grid is not None:
+    if any(other.definition.tune for other in earlier):
+        raise PlanError(f"{label}: an earlier step trains the finished model; move that step to the end")
+    if (step.definition.linear or step.definition.learn) and before.grid is not None:
         raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
     if step.definition.transform is not None and earlier:
         raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
@@ -268,8 +309,24 @@ def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, ear
             f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step "
             "of their own, `method: rtn` with `targets: [embedding]`"
         )
-    if step.activations and step.definition.linear is None:
+    if compares(step) and ".experts." in module.name:
+        raise PlanError(
+            f"{label}: the method compares the inputs of a linear with those in the dense model, but other tokens may "
+            "reach this expert there; give `*.experts.*` a step of their own without `asymmetric`"
+        )
+    if step.definition.tune is not None and (not _has_free_scales(before) or before.activations is not None):
+        raise PlanError(
+            f"{label}: it trains scales of integer weights, per group or channel, where inputs are not rounded; put it "
+            "after the step that quantises, without `activations`, and target only what that step targets"
+        )
+    if step.activations and not (step.definition.linear or step.definition.learn):
         raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
+    if step.activations and step.options.scheme(Scheme(), torch.float32).activations:
+        raise PlanError(f"{label}: the method says itself how inputs are rounded; drop `activations`")
+
+
+def _has_free_scales(scheme: Scheme) -> bool:
+    return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
 
 
 def _check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -> None:
@@ -292,38 +349,3 @@ def _blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
     if total >= layout.blocks:
         raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
     return total
-
-
-def needs_text(recipe: Recipe) -> bool:
-    """Whether any step looks at activations."""
-    return any(step.definition.select or step.definition.needs(step.options) for step in recipe.steps)
-
-
-def _memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
-    """What is in memory at the worst moment, in bytes, with fp32 arithmetic (bf16 takes half of most)."""
-    blocks = [layout.of_block(index) for index in range(layout.blocks)]
-    block = 4 * max(sum(module.parameters for module in modules) for modules in blocks)
-    outside = 4 * max((module.parameters for module in layout.modules if module.block is None), default=0)
-    states = {}
-    inside = {"a block: as read, as run, as packed": 3 * block}
-    if needs_text(recipe):
-        tokens = recipe.calibration.samples * recipe.calibration.length
-        widths = sorted({module.shape[1] for modules in blocks for module in modules if module.kind == "linear"})
-        if not recipe.calibration.spill:
-            states = {"hidden states of the calibration windows": 4 * tokens * layout.embedding.shape[1]}
-        inside["Gram matrices"] = 4 * sum(width * width for width in widths)
-        inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
-        inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
-    moments = [{"embedding or head": outside, **states}, {**inside, **states}]
-    return max(moments, key=lambda moment: sum(moment.values()))
-
-
-def _flops(recipe: Recipe, rows: Sequence[PlanRow]) -> float:
-    """Floating-point operations of forward passes and Gram matrices; the rest is small beside them."""
-    if not needs_text(recipe):
-        return 0.0
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    linears = [row for row in rows if row.module.kind == "linear"]
-    forward = 2.0 * sum(row.module.parameters for row in linears)
-    widths = [row.module.shape[1] for row in linears if row.steps]
-    return tokens * (2 * forward + sum(width * width for width in widths) / 2)

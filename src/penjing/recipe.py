@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from penjing.errors import RecipeError
 from penjing.methods import METHODS
 from penjing.methods.base import ActivationOptions, Method, Options
+from penjing.methods.quantization.kivi import KVCache
 
 
 class _Section(BaseModel):
@@ -81,7 +82,7 @@ class Step(_Section):
     def as_dict(self) -> dict[str, Any]:
         """The step as it would be written in YAML, every default spelled out."""
         step: dict[str, Any] = {"method": self.method, **self.options.model_dump(mode="json")}
-        if self.definition.select is None:
+        if not self.definition.on_model:
             step |= {"targets": list(self.targets), "ignore": list(self.ignore)}
         if self.activations:
             step["activations"] = self.activations.model_dump(mode="json")
@@ -97,7 +98,10 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     require: Requirements = Requirements()
-    format: Literal["dense", "compressed-tensors", "native"] = Field(
+    kv_cache: KVCache | None = Field(
+        None, description="the cache that the result is measured with and whose settings its config.json carries"
+    )
+    format: Literal["dense", "compressed-tensors", "bitsandbytes", "native"] = Field(
         "compressed-tensors", description="how the result lies on disk; `penjing list formats`"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -125,7 +129,7 @@ class Recipe(_Section):
     def digest(self) -> str:
         """Changes when anything that affects the written weights changes."""
         relevant = self.as_dict()
-        for key in ("summary", "evaluation", "require"):
+        for key in ("summary", "evaluation", "require", "kv_cache"):
             del relevant[key]
         del relevant["calibration"]["spill"]
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
@@ -139,7 +143,7 @@ def _parse_step(number: int, step: object) -> Step:
     if name not in METHODS:
         raise ValueError(f"step {number}: unknown method {name!r}{did_you_mean(str(name), METHODS)}")
     method = METHODS[name]
-    shared = ("targets", "ignore", "activations") if method.select is None else ()
+    shared = ("targets", "ignore", "activations") if not method.on_model else ()
     own = {key: keys.pop(key) for key in shared if key in keys}
     known = [*method.options.model_fields, *shared]
     for key in keys:
@@ -198,7 +202,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe) -> Recipe:
 
 
 def _keys_of(annotation: Any) -> list[str]:
-    return list(getattr(annotation, "model_fields", {}))
+    kinds = get_args(annotation) or (annotation,)
+    return [key for kind in kinds for key in getattr(kind, "model_fields", {})]
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -67,6 +67,30 @@ class Gram:
         self._sum = self.value / (scale.float().unsqueeze(1) * scale.float())
 
 
+class CrossGram:
+    """What the inputs lost against what they are: `value` = (X' - X)^T X, fp32 (K, K), over T tokens.
+
+    X are the inputs (T, K) in the compressed model, X' those of the same tokens in the dense one; zero where the two
+    agree. Row i belongs to the difference of input i. Fed by `compare`; GPTAQ's asymmetric calibration needs it.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.value = torch.zeros(columns, columns)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in tokens whose inputs are the same in both models."""
+        self.tokens += inputs.shape[0]
+
+    def compare(self, inputs: Tensor, dense: Tensor) -> None:
+        """Take in the same tokens in the compressed and in the dense model, both (T, K)."""
+        self.tokens += inputs.shape[0]
+        self.value += ((dense - inputs).T @ inputs).float()
+
+    def rescale(self, scale: Tensor) -> None:
+        self.value = self.value / (scale.float().unsqueeze(1) * scale.float())
+
+
 class ColumnNorm:
     """Sum of squares per input: `value` fp32 (K,). Wanda's `||x_j||_2` is its square root."""
 
@@ -118,6 +142,11 @@ class MeanAbs:
 
 StatisticType = Callable[[int], Statistic]
 Statistics = Mapping[StatisticType, Statistic]
+
+
+def compares(kind: StatisticType) -> bool:
+    """Whether a statistic looks at the inputs in the dense model beside those in the compressed one."""
+    return kind is CrossGram
 
 
 class TokenSample:

@@ -132,6 +132,26 @@ def report(result: Mapping[str, Any]) -> Group:
     return summary_table(result)
 
 
+def allocation(result: Mapping[str, Any]) -> Group:
+    """Output of `Allocation.as_dict()`: who got what, and what one choice for all would weigh and lose."""
+    chosen = {name: {"choice": unit["choice"]} for unit in result["units"] for name in unit["modules"]}
+    table = _table("linears", *result["choices"])
+    for pattern, names in across_blocks(chosen).items():
+        counts = [sum(chosen[name]["choice"] == choice for name in names) for choice in result["choices"]]
+        table.add_row(pattern[max(pattern.find("*"), 0) :], *(str(count or "") for count in counts))
+    losses = _table("choice", "size", "predicted loss")
+    for row in result["uniform"]:
+        size = readable_bytes(row["bytes"]) + ("" if row["fits"] else ", too large")
+        losses.add_row(f"{row['choice']} everywhere", size, f"{row['loss']:.4g}")
+    losses.add_row("this allocation", readable_bytes(result["predicted_bytes"]), f"{result['predicted_loss']:.4g}")
+    totals = {
+        "budget": readable_bytes(result["budget"]),
+        "bits per weight": f"{result['bits_per_weight']:.3f} of these linears, scales included",
+        "loss": result["loss_meaning"],
+    }
+    return Group(table, "", losses, "", facts(totals))
+
+
 def evaluation(result: Mapping[str, Any]) -> Group:
     """Output of `Evaluation.as_dict()`."""
     return comparison([result])
@@ -149,7 +169,10 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
             "" if result["kl"] is None else f"{result['kl']:.4f} ± {result['kl_error']:.4f}",
             "" if result["top1"] is None else f"{result['top1']:.1%}",
         )
-    return Group(table, "", escape(results[0]["protocol"]["sentence"]))
+    from penjing.evaluation.tables import cache_line
+
+    caches = [cache_line(result["kv_cache"]) for result in results[-1:] if result["kv_cache"]]
+    return Group(table, "", *caches, escape(results[-1]["protocol"]["sentence"]))
 
 
 def _rows(modules: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:

@@ -10,7 +10,7 @@ import torch
 from format_cases import quantise, random_weight, spec
 from penjing.formats import FORMATS
 from penjing.numerics.grids import IntegerGrid
-from penjing.representations import Scheme
+from penjing.representations import Activations, Scheme
 
 library = pytest.importorskip("compressed_tensors.compressors")
 TARGET = FORMATS["compressed-tensors"]
@@ -40,7 +40,7 @@ def through_library(scheme: Scheme, tensors: dict[str, torch.Tensor], dtype: tor
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_decodes_like_the_library_bit_for_bit(stored, loaded, symmetric):
     sizes, rules = (16, None, "tensor"), ("full", "signed-max") if symmetric else ("full",)
-    for bits, size, rule, activations in itertools.product(range(2, 9), sizes, rules, (None, 8)):
+    for bits, size, rule, activations in itertools.product(range(2, 9), sizes, rules, (None, Activations())):
         scheme = Scheme(IntegerGrid(bits, size, symmetric, rule, stored), activations=activations)
         if activations and not symmetric and bits < 8 and size != "tensor":
             continue  # a conflict: see test_refusals
@@ -66,7 +66,7 @@ def test_one_scheme_is_targeted_by_class_and_several_by_expression():
     layers = [spec(8, 32, name=f"model.layers.{i}.mlp.{part}_proj") for i in range(2) for part in ("up", "down")]
     head = spec(50, 32, "head", "lm_head")
     table = spec(50, 32, "embedding", "model.embed_tokens")
-    four, eight = Scheme(IntegerGrid(4, 16)), Scheme(IntegerGrid(8, None), activations=8)
+    four, eight = Scheme(IntegerGrid(4, 16)), Scheme(IntegerGrid(8, None), activations=Activations())
 
     def config(**chosen: Scheme) -> dict:
         schemes = {module: chosen.get(module.name.rpartition(".")[2], Scheme()) for module in (table, *layers, head)}

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from format_cases import compress, grid, random_weight, spec
+from format_cases import FLOATS, compress, grid, random_weight, spec
 from penjing.formats import FORMATS
-from penjing.representations import Scheme
+from penjing.numerics.grids import IntegerGrid
+from penjing.representations import Activations, Scheme
 
 pytest.importorskip("compressed_tensors")
 
@@ -17,19 +18,20 @@ SHAPES = [(33, 96), (7, 45), (64, 130)]
 GRIDS = [
     grid(bits, size, symmetric)
     for bits, size, symmetric in itertools.product((2, 3, 4, 5, 8), (None, "tensor", 5, 16, 200), (True, False))
-]
+] + list(FLOATS.values())
+ORDERED = {on for on in GRIDS if isinstance(on, IntegerGrid) and isinstance(on.group_size, int)}
 
 
 def size(tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "bitsandbytes"])  # which has a test of its own
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_for_every_grid(name, shape):
     target, module, checked = FORMATS[name], spec(*shape), 0
-    for on, activations, ordered in itertools.product(GRIDS, (None, 8), (False, True)):
-        scheme = Scheme(on, activations=activations, ordered=ordered and isinstance(on.group_size, int))
+    for on, activations, ordered in itertools.product(GRIDS, (None, Activations()), (False, True)):
+        scheme = Scheme(on, activations=activations, ordered=ordered and on in ORDERED)
         if target.problems(module, scheme):
             continue
         weight = compress(random_weight(*shape), scheme)
@@ -69,5 +71,9 @@ def test_biases_and_modules_without_a_weight_are_counted():
         assert target.nbytes(module, Scheme(), torch.bfloat16) == (8 * 32 + 8) * 2
         assert target.nbytes(head, Scheme(), torch.bfloat16) == 0
     four = Scheme(grid(4, None))
-    assert FORMATS["native"].nbytes(module, four, torch.bfloat16) == 8 * 32 // 2 + 8 * 4 + 16 + 8 * 2
+    header = (
+        '{"bits": 4, "grid": "integer", "group_size": "channel", "scale_dtype": "float32", "scale_rule": "full", '
+        '"shape": [8, 32], "symmetric": true}'
+    )
+    assert FORMATS["native"].nbytes(module, four, torch.bfloat16) == 8 * 32 // 2 + 8 * 4 + len(header) + 8 * 2
     assert FORMATS["compressed-tensors"].nbytes(module, four, torch.bfloat16) == 8 * 32 // 2 + 8 * 4 + 16 + 8 * 2

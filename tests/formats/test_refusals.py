@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from format_cases import CASES, compress, grid, random_weight, spec, write
+from format_cases import CASES, compress, float_zero, grid, random_weight, spec, write
 from penjing.errors import FormatError, MissingDependency
 from penjing.formats import FORMATS, format_of
-from penjing.formats.compressed_tensors import _require_library
+from penjing.formats.compressed_tensors.schema import require_library
 from penjing.models.layout import ModuleSpec
-from penjing.representations import Dense, Scheme
+from penjing.representations import Activations, Dense, Scheme
 
 pytest.importorskip("compressed_tensors")
 CT, NATIVE, DENSE = FORMATS["compressed-tensors"], FORMATS["native"], FORMATS["dense"]
+OPT_UP = "model.decoder.layers.3.fc1"
 EXPERT = "model.layers.0.mlp.experts.3.up_proj"
 
 
@@ -31,12 +32,13 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj"
         ),
         (spec(64, 96), Scheme(grid(4, 128)), "group_size 128 does not divide the 96 inputs"),
         (spec(64, 96), Scheme(grid(4, 32), ordered=True), "group index"),
+        (spec(64, 96), Scheme(float_zero(4, 32)), r"not whole numbers \(HQQ\)"),
         (spec(64, 96, transposed=True), Scheme(grid(4, 32)), "Conv1D"),
-        (spec(64, 96), Scheme(activations=8), "only together with its weight"),
-        (spec(64, 96, "embedding"), Scheme(grid(8, None), activations=8), "token number"),
-        (spec(64, 96, name="model.decoder.layers.3.fc1"), Scheme(grid(8, None), activations=8), "OPT flattens"),
+        (spec(64, 96), Scheme(activations=Activations()), "only together with its weight"),
+        (spec(64, 96, "embedding"), Scheme(grid(8, None), activations=Activations()), "token number"),
+        (spec(64, 96, name=OPT_UP), Scheme(grid(8, None), activations=Activations()), "OPT flattens"),
         (spec(64, 96, name=EXPERT), Scheme(grid(4, 32, False)), "experts only with symmetric"),
-        (spec(64, 96, name=EXPERT), Scheme(grid(8, None), activations=8), "without `activations`"),
+        (spec(64, 96, name=EXPERT), Scheme(grid(8, None), activations=Activations()), "without `activations`"),
     ],
 )
 def test_compressed_tensors_says_what_it_cannot_hold(module, scheme, words):
@@ -48,9 +50,10 @@ def test_compressed_tensors_says_what_it_cannot_hold(module, scheme, words):
 
 
 def test_dense_and_native_refuse_inputs_they_cannot_reach():
-    assert "compressed-tensors or native" in DENSE.problems(spec(8, 8), Scheme(grid(8, None), activations=8))[0]
-    assert "token number" in NATIVE.problems(spec(8, 8, "embedding"), Scheme(grid(8, None), activations=8))[0]
-    assert "fuses" in NATIVE.problems(spec(8, 8, name=EXPERT), Scheme(grid(8, None), activations=8))[0]
+    rounded = Scheme(grid(8, None), activations=Activations())
+    assert "compressed-tensors or native" in DENSE.problems(spec(8, 8), rounded)[0]
+    assert "token number" in NATIVE.problems(spec(8, 8, "embedding"), rounded)[0]
+    assert "fuses" in NATIVE.problems(spec(8, 8, name=EXPERT), rounded)[0]
     assert DENSE.problems(spec(8, 8), Scheme(grid(3, 5))) == []
 
 
@@ -66,7 +69,7 @@ def test_what_fits_alone_but_not_together():
     assert conflict((q, four), (up, eight)) == ""
     assert "packed zero points" in conflict((q, zeros), (up, eight))
     assert "quantised embedding" in conflict((q, four), (table, eight))
-    assert "quantised embedding" in conflict((q, Scheme(grid(8, None), activations=8)), (table, eight))
+    assert "quantised embedding" in conflict((q, Scheme(grid(8, None), activations=Activations())), (table, eight))
     assert NATIVE.conflicts({q: zeros, up: eight, table: four}) == []
     with pytest.raises(FormatError, match="packed zero points"):
         CT.config({q: zeros, up: eight}, torch.float32)
@@ -85,7 +88,7 @@ def test_experts_must_be_alike():
 
 
 def test_the_library_is_asked_for_by_name(monkeypatch):
-    _require_library.cache_clear()
+    require_library.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install compressed-tensors"):
         CT.problems(spec(64, 96), Scheme(grid(4, 32)))
@@ -104,15 +107,15 @@ def test_foreign_quantisation_is_refused():
     assert format_of({}).name == "dense"
     with pytest.raises(FormatError, match="'gptq'"):
         format_of({"quantization_config": {"quant_method": "gptq"}})
-    fp8 = {
+    fp6 = {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 6, "type": "float", "strategy": "channel"}}
         },
     }
-    with pytest.raises(FormatError, match="only integer weights"):
-        CT.schemes({"quantization_config": fp8}, (spec(8, 8),))
+    with pytest.raises(FormatError, match="these weights cannot be read"):
+        CT.schemes({"quantization_config": fp6}, (spec(8, 8),))
     with pytest.raises(FormatError, match="version 2"):
         NATIVE.schemes({"quantization_config": {"quant_method": "penjing", "version": 2, "schemes": []}}, ())
 

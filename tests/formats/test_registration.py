@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from format_cases import Case, grid, linear, write
-from penjing.representations import Scheme
+from penjing.representations import Activations, Scheme
 
 
 def run(code: str) -> str:
@@ -32,9 +32,8 @@ def test_names_without_the_prefix_of_the_base_model(tiny_model, tmp_path):
     transformers_hook.install()
     from transformers import AutoModelForCausalLM
 
-    item = write(
-        Case("native", "gpt2", linear(Scheme(grid(8, None), activations=8)), True), tiny_model("gpt2"), tmp_path
-    )
+    picked = linear(Scheme(grid(8, None), activations=Activations()))
+    item = write(Case("native", "gpt2", picked, True), tiny_model("gpt2"), tmp_path)
     ids = torch.arange(3, 23).reshape(1, 20)
 
     def logits() -> torch.Tensor:

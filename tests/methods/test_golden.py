@@ -1,8 +1,9 @@
-"""Agreement with the authors' code for GPTQ and SparseGPT, as numbers it produced once on these seeded inputs.
+"""Agreement with the authors' code for GPTQ, SparseGPT, SpQR and OWQ: numbers it produced once on these seeded inputs.
 
-Run with IST-DASLab/gptq at 2d65066 and IST-DASLab/sparsegpt at 147d215, in fp32 on CPU. Two of its habits are matched
-by the arguments: GPTQ's group scales miss the updates of the block in progress, so its block size was the group size;
-unstructured SparseGPT removes one weight more per block than the fraction says.
+Run with IST-DASLab/gptq at 2d65066, IST-DASLab/sparsegpt at 147d215, Vahe1994/SpQR at 543d10e and xvyaward/owq at
+03cfc99 (without its search for the scale), in fp32 on CPU. Two habits are matched by the arguments: GPTQ's group scales
+miss the updates of the block in progress, so its block size was the group size; unstructured SparseGPT removes one
+weight more per block than the fraction says.
 """
 
 import numpy
@@ -11,7 +12,11 @@ import torch
 
 from penjing.methods.pruning.sparsegpt import sparsegpt
 from penjing.methods.quantization.gptq import gptq
+from penjing.methods.quantization.owq import owq
+from penjing.methods.quantization.spqr import spqr
+from penjing.numerics.bilevel import BilevelGrid
 from penjing.numerics.grids import IntegerGrid
+from penjing.representations import Patched
 
 SAMPLED = ((0, 0), (5, 7), (40, 100), (95, 255), (60, 130))
 """Entries whose values are stored, beside the output loss ||(W - Q) X||^2 and the sum of magnitudes."""
@@ -54,6 +59,19 @@ SPARSEGPT = [
     (0.5, None, 4, 21235.71, 788.18411, [0.082269, 0.0, 0.074582, -0.056525, -0.054222]),
     (None, "2:4", 4, 33719.75, 782.29412, [0.082269, -0.056752, 0.055936, -0.018842, -0.072296]),
 ]
+SPQR = [
+    (3, 16, "activation", 0.2, 16, 4788.675, 976.77508, [0.097424, -0.027519, 0.059554, -0.060966, -0.058166], 414),
+    (3, 16, "natural", 0.2, 16, 4867.517, 980.19868, [0.094307, -0.030831, 0.064292, -0.054875, -0.05778], 410),
+    (3, 16, "activation", None, 16, 7159.036, 982.0294, [0.077426, -0.020898, 0.050788, -0.054787, -0.056385], 0),
+    (4, 16, "activation", 0.2, 16, 1507.494, 968.65072, [0.09231, -0.02492, 0.057654, -0.053475, -0.043722], 35),
+    (3, 8, "activation", 0.1, 32, 3405.33, 969.49519, [0.096059, -0.024861, 0.056006, -0.052075, -0.059693], 687),
+    (2, 32, "natural", 0.5, 16, 29956.5, 1045.206, [0.113557, -0.023439, 0.037049, -0.036614, -0.062002], 372),
+]
+OWQ = [
+    (3, [1, 214], 10725.61, 971.37513, [0.105774, -0.040537, 0.068876, -0.040375, -0.03873]),
+    (3, [1, 12, 25, 61, 214, 247], 10324.73, 974.43995, [0.105774, -0.040537, 0.068876, -0.040375, -0.036641]),
+    (4, [1, 61, 112, 186], 2288.997, 970.87057, [0.082269, -0.018917, 0.064284, -0.056525, -0.054222]),
+]
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "size", "order", "static", "loss", "magnitude", "sampled"), GPTQ)
@@ -73,3 +91,21 @@ def test_sparsegpt(problem, sparsity, pattern, bits, loss, magnitude, sampled):
     grid = IntegerGrid(bits, None, False, "full", torch.float32) if bits else None
     result = sparsegpt(weight, inputs.T @ inputs, sparsity, pattern=pattern, grid=grid, storage_dtype=torch.float32)
     check(result.dense(), problem, loss, magnitude, sampled)
+
+
+@pytest.mark.parametrize(("bits", "size", "order", "threshold", "rows", "loss", "total", "sampled", "outliers"), SPQR)
+def test_spqr(problem, bits, size, order, threshold, rows, loss, total, sampled, outliers):
+    weight, inputs = problem
+    grid = BilevelGrid(bits, size, 3, rows, torch.float32)
+    result = spqr(weight, inputs.T @ inputs, grid, order=order, threshold=threshold, outliers=0)
+    assert (result.patch.index.numel() if isinstance(result, Patched) else 0) == outliers
+    check(result.dense(), problem, loss, total, sampled)
+
+
+@pytest.mark.parametrize(("bits", "weak", "loss", "total", "sampled"), OWQ)
+def test_owq(problem, bits, weak, loss, total, sampled):
+    weight, inputs = problem
+    grid = IntegerGrid(bits, None, False, "full", torch.float32)
+    result = owq(weight, inputs.T @ inputs, grid, len(weak), order="natural", storage_dtype=torch.float32)
+    assert result.patch.index.tolist() == weak
+    check(result.dense(), problem, loss, total, sampled)

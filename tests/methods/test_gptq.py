@@ -90,6 +90,16 @@ def test_group_order_visits_whole_groups_and_needs_no_index(size):
     assert result.group_index is None
 
 
+def test_group_order_is_that_of_group_aware_reordering():
+    """arXiv:2505.14638 with the largest diagonal entry as a group's importance, ties as they come."""
+    activity = torch.rand(64, generator=torch.Generator().manual_seed(4))
+    activity[10:13] = activity[40]
+    groups = [list(range(first, first + 16)) for first in range(0, 64, 16)]
+    inside = [sorted(group, key=lambda column: -activity[column].item()) for group in groups]
+    expected = [column for group in sorted(inside, key=lambda group: -activity[group[0]].item()) for column in group]
+    assert visiting_order(activity, 16, "group-activation").tolist() == expected
+
+
 @pytest.mark.parametrize("order", ["natural", "activation", "group-activation"])
 def test_codes_and_scales_belong_together(order):
     """Refitted groups: every column lies on the grid of the group it is said to belong to."""

@@ -21,6 +21,12 @@ CASES = [
     ("gptq", {"group_size": 16, "order": "activation", "static_groups": False}),
     ("gptq", {"group_size": 20, "order": "group-activation", "static_groups": False}),
     ("gptq", {"group_size": "tensor"}),
+    ("rtn", {"bits": 3, "group_size": 20, "scale_search": "diagonal"}),
+    ("rtn", {"bits": 3, "group_size": "tensor", "scale_search": "gram", "symmetric": False}),
+    ("gptq", {"group_size": 16, "scale_search": "diagonal", "asymmetric": True}),
+    ("gptq", {"group_size": 20, "scale_search": "gram", "order": "group-activation", "static_groups": False}),
+    ("hqq", {"bits": 3, "group_size": 20}),
+    ("hqq", {"group_size": "channel", "weighted": True}),
     ("awq", {"group_size": 16}),
     ("awq", {"group_size": "channel", "symmetric": True, "clip": False}),
     ("magnitude", {"sparsity": 0.5}),
@@ -48,8 +54,8 @@ def given_linear(method, options, *, kept=None, dtype=torch.bfloat16, rows=(8, 4
 def test_rows_of_the_table_are_complete(name):
     method = METHODS[name]
     assert method.name == name and len(method.summary) > 20
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}", method.paper)
-    assert method.linear or method.transform or method.select
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|https://", method.paper)
+    assert any((method.linear, method.transform, method.learn, method.tune, method.select, method.rewrite))
     assert method.select is None or method.select.scores().value == 0
     assert all(field.description for field in method.options.model_fields.values())
 
@@ -84,7 +90,9 @@ def test_result_is_what_the_scheme_promised(name, keys, masked, dtype):
         assert (values.group_index is not None) == scheme.ordered
         assert values.codes.is_contiguous() and values.scale.is_contiguous()
     if isinstance(result, Masked):
-        assert (values.dense()[~result.kept] == 0).all(), "removed weights are zero even without the mask"
+        whole = getattr(scheme.grid, "zero", "integer") == "integer"
+        assert not whole or (values.dense()[~result.kept] == 0).all(), "removed weights are zero even without the mask"
+        assert (result.dense()[~result.kept] == 0).all()
         assert float((~result.kept).double().mean()) == pytest.approx(scheme.sparsity, abs=0.01)
         if masked:
             assert not (result.kept & ~kept).any()
@@ -123,4 +131,8 @@ def test_needs_follow_the_options():
     assert METHODS["gptq"].needs(METHODS["gptq"].options()) == (Gram,)
     assert METHODS["awq"].needs(METHODS["awq"].options()) == (MeanAbs, TokenSample)
     assert METHODS["smoothquant"].needs(METHODS["smoothquant"].options()) == (AbsMax,)
+    for search, kinds in (("diagonal", (ColumnNorm,)), ("gram", (Gram,))):
+        assert METHODS["rtn"].needs(METHODS["rtn"].options(scale_search=search)) == kinds
+    assert METHODS["hqq"].needs(METHODS["hqq"].options()) == ()
+    assert METHODS["hqq"].needs(METHODS["hqq"].options(weighted=True)) == (ColumnNorm,)
     assert METHODS["wanda"].needs(METHODS["wanda"].options(sparsity=0.5)) == (ColumnNorm,)

@@ -126,3 +126,28 @@ def test_gaussian_distortion_is_the_known_one(bits, expected):
     weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
     grid = IntegerGrid(bits, 128, False, "full", torch.float32)
     assert (rounded(weight, grid) - weight).square().mean().item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [8, 5, None, "tensor"])
+def test_float_zero_points_are_added_before_rounding(size, dtype):
+    grid = IntegerGrid(3, size, False, "full", dtype, "float")
+    weight = naive.random_weight(4, 20)
+    scale, zero = grid.fit_rows(weight)
+    assert torch.equal(zero, zero.to(dtype).float()) and (zero != zero.round()).any()
+    scale, zero = grid.spread(scale, 20), grid.spread(zero, 20)
+    codes = grid.encode(weight, scale, zero)
+    for row in range(4):
+        for column in range(20):
+            exact = weight[row, column].item() / scale[row, column].item() + zero[row, column].item()
+            assert abs(codes[row, column].item() - min(max(exact, -4), 3)) <= 0.5 + 1e-4
+    assert codes.min() >= -4 and codes.max() <= 3
+    assert ((grid.decode(codes, scale, zero) - weight).abs() <= scale * 0.55).all()
+
+
+def test_float_zero_points_hold_both_ends_of_the_range():
+    weight = torch.tensor([[-0.31, 0.05, 0.7]])
+    decoded = rounded(weight, IntegerGrid(2, None, False, "full", torch.float32, "float"))
+    assert decoded[0, 0].item() == pytest.approx(-0.31) and decoded[0, 2].item() == pytest.approx(0.7)
+    whole = rounded(weight, IntegerGrid(2, None, False, "full", torch.float32))
+    assert whole[0, 0].item() != pytest.approx(-0.31)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from penjing.pipeline.observe import CALL_TOKENS, CallRecorder, EnoughSeen, Observer
-from penjing.statistics import AbsMax, ColumnNorm, Gram
+from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram
 
 
 def find(module: nn.Module, name: str) -> nn.Module:
@@ -100,3 +100,47 @@ def test_calls_are_kept_until_there_are_enough_tokens():
 def test_inputs_of_any_rank_count_tokens(shape):
     observer = observe(Attention(), {"q": [ColumnNorm]}, [torch.ones(shape)])
     assert observer.statistics["q"][ColumnNorm].value.tolist() == [float(torch.ones(shape).numel() // 6)] * 6
+
+
+def compare(module: nn.Module, needs: dict, windows: list[torch.Tensor], dense: list[torch.Tensor]) -> Observer:
+    with Observer(module, find, needs) as observer:
+        for window, original in zip(windows, dense, strict=True):
+            observer.start_forward()
+            with contextlib.suppress(EnoughSeen):
+                module(window)
+            with observer.beside():
+                module(original)
+    return observer
+
+
+def test_the_same_tokens_in_both_models_are_paired():
+    module, windows = Attention(), [torch.randn(2, 5, 6) for _ in range(3)]
+    dense = [window + 0.1 * torch.randn_like(window) for window in windows]
+    needs = {"q": [Gram, CrossGram], "k": [CrossGram], "o": [CrossGram]}
+    observer = compare(module, needs, windows, dense)
+    assert observer.statistics["q"][CrossGram] is observer.statistics["k"][CrossGram]
+    assert module.rest_calls == 4, (
+        "the dense model's states go on to the next block, so those passes are never cut short"
+    )
+    tokens, originals = (torch.cat(parts).flatten(0, 1).double() for parts in (windows, dense))
+    expected = (originals - tokens).T @ tokens
+    torch.testing.assert_close(observer.statistics["k"][CrossGram].value.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(observer.statistics["q"][Gram].value.double(), tokens.T @ tokens, rtol=1e-4, atol=1e-5)
+    seen, meant = ((module.q(part) * module.k(part)).flatten(0, 1) for part in (torch.cat(windows), torch.cat(dense)))
+    torch.testing.assert_close(observer.statistics["o"][CrossGram].value, (meant - seen).T @ seen, rtol=1e-3, atol=1e-5)
+    assert observer.statistics["q"][Gram].tokens == observer.statistics["q"][CrossGram].tokens == 30
+
+
+def test_equal_states_differ_by_nothing():
+    windows = [torch.randn(2, 5, 6) for _ in range(2)]
+    observer = compare(Attention(), {"q": [CrossGram], "o": [CrossGram]}, windows, windows)
+    assert all((observer.statistics[name][CrossGram].value == 0).all() for name in ("q", "o"))
+
+
+def test_a_linear_that_only_one_model_reached_is_an_error():
+    class Fickle(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) if x.sum() > 0 else self.k(x)
+
+    with pytest.raises(RuntimeError, match="q ran with the compressed model's states"):
+        compare(Fickle(), {"q": [CrossGram]}, [torch.ones(2, 6)], [-torch.ones(2, 6)])

@@ -27,6 +27,10 @@ _LOADING = {
         f"transformers (`pip install transformers compressed-tensors`):\n\n{_TRANSFORMERS}\n\n"
         f"vLLM, which runs the packed weights with its own kernels:\n\n{_VLLM}"
     ),
+    "bitsandbytes": (
+        f"transformers (`pip install transformers bitsandbytes accelerate`):\n\n{_TRANSFORMERS}\n\n"
+        f"vLLM (`pip install bitsandbytes`):\n\n{_VLLM}"
+    ),
     "native": f"transformers with Penjing installed (`pip install penjing`):\n\n{_NATIVE}",
 }
 

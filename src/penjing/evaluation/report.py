@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from penjing.errors import CheckpointError
 from penjing.evaluation.metrics import Quality
 from penjing.evaluation.windows import Protocol
+from penjing.runtime.memory import CacheMemory
 
 SCHEMA = 1
 FILE_NAME = "report.json"
@@ -122,6 +123,7 @@ class Report:
     sample           the beginning of a calibration window, as a person reads it
     quality          None when the result was not measured; holds the dense model's perplexity beside its own
     protocol         how `quality` was measured
+    kv_cache         what the recipe's quantised key-value cache holds after a window; None without one
     block_errors     relative error of each block's output
     skipped          what was left dense or removed, with reasons
     peak_memory      bytes above the baseline of the loaded libraries; None where it cannot be read
@@ -140,6 +142,7 @@ class Report:
     sample: str = ""
     quality: Quality | None = None
     protocol: Protocol | None = None
+    kv_cache: CacheMemory | None = None
     block_errors: tuple[float, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     peak_memory: int | None = None

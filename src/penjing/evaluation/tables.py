@@ -41,11 +41,23 @@ def summary_table(report: Report | Mapping[str, Any]) -> Group:
     return Group(table, "", *_remarks(data))
 
 
+def cache_line(held: Mapping[str, Any]) -> str:
+    """What a quantised KV cache saves, in a line."""
+    ratio = held["full_bytes"] / held["bytes"]
+    return (
+        f"KV cache of {held['tokens']} tokens: {readable_bytes(held['bytes'])}, {ratio:.2f} times smaller than full "
+        f"{readable_bytes(held['full_bytes'])}; {held['token_bytes']:,.0f} bytes for a further token, "
+        f"in full {held['full_token_bytes']:,.0f}"
+    )
+
+
 def _remarks(data: Mapping[str, Any]) -> list[str]:
     protocol = escape(data["protocol"]["sentence"]) if data["protocol"] else "not measured"
     lines = [f"[dim]{protocol}[/]"]
     surplus = data["bytes"] - data["predicted_bytes"]
     lines.append(f"predicted {readable_bytes(data['predicted_bytes'])}, written {surplus:+,} bytes from that")
+    if data["kv_cache"]:
+        lines.append(cache_line(data["kv_cache"]))
     if data["verification"]:
         checked = data["verification"]
         difference = checked.get("difference", 0.0)

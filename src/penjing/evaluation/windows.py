@@ -39,6 +39,7 @@ class Protocol:
     stride     tokens from one window to the next   scored   tokens predicted in all: windows * (length - 1)
     bos        token id put first in every window, None without
     dtype      of the forward pass                  batch    windows per forward pass
+    kv_cache   how the cache that past tokens are read from is quantised, "" for none
     """
 
     corpus: str
@@ -52,14 +53,16 @@ class Protocol:
     dtype: str
     batch: int = 1
     join: str = "blank line"
+    kv_cache: str = ""
 
     def sentence(self) -> str:
         """One line for tables and pages."""
         bos = "no BOS token" if self.bos is None else f"BOS token {self.bos} first in each"
+        cache = f", past read through a quantised KV cache ({self.kv_cache})" if self.kv_cache else ""
         return (
             f"{self.corpus} [sha256 {self.text_hash[:8]}], documents joined with a {self.join}, "
             f"{self.windows} windows of {self.length} tokens, stride {self.stride}, {bos}, "
-            f"{self.dtype}, batch {self.batch}: {self.scored:,} tokens scored"
+            f"{self.dtype}, batch {self.batch}{cache}: {self.scored:,} tokens scored"
         )
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from penjing.errors import FormatError
 from penjing.formats.base import Format
+from penjing.formats.bitsandbytes import BitsAndBytesFormat
 from penjing.formats.compressed_tensors import CompressedTensorsFormat
 from penjing.formats.hf_dense import DenseFormat
 from penjing.formats.native import NativeFormat
 
 FORMATS: dict[str, Format] = {
-    format_.name: format_ for format_ in (DenseFormat(), CompressedTensorsFormat(), NativeFormat())
+    format_.name: format_
+    for format_ in (DenseFormat(), CompressedTensorsFormat(), BitsAndBytesFormat(), NativeFormat())
 }
 """Every format Penjing can write, by the name a recipe uses."""
 
@@ -27,10 +29,10 @@ def format_of(config: dict[str, Any]) -> Format:
     if declared is None:
         return FORMATS["dense"]
     method = declared.get("quant_method")
-    name = {"compressed-tensors": "compressed-tensors", "penjing": "native"}.get(method)
-    if name is None:
+    names = {"compressed-tensors": "compressed-tensors", "bitsandbytes": "bitsandbytes", "penjing": "native"}
+    if method not in names:
         raise FormatError(
-            f"config.json says quant_method {method!r}; penjing reads compressed-tensors and penjing. "
+            f"config.json says quant_method {method!r}; penjing reads {', '.join(names)}. "
             "Start from the model that was not quantised"
         )
-    return FORMATS[name]
+    return FORMATS[names[method]]

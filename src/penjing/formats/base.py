@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from penjing.models.layout import ModuleSpec
+from penjing.numerics.activations import InputScale
+from penjing.numerics.float_grids import FloatGrid
 from penjing.representations import Masked, Quantized, Representation, Scheme
 
 
@@ -19,6 +21,8 @@ class Format(Protocol):
 
     name: str
     summary: str
+    multiplies_integers: bool
+    """Whether its loader multiplies codes where weights and inputs are integers, not the values they stand for."""
 
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:
         """Why this format cannot hold the module (with what would fit); empty if it can."""
@@ -73,6 +77,31 @@ def read_plain_weight(module: ModuleSpec, load: Callable[[str], Tensor]) -> Tens
     return values.T.contiguous() if module.transposed else values
 
 
+def input_tensors(module: ModuleSpec, by: InputScale) -> dict[str, Tensor]:
+    """What every format stores of a static input scale: `input_scale` fp32 (1,), `input_zero_point` int8 (1,)."""
+    tensors = {"input_scale": by.scale.float(), "input_zero_point": by.zero}
+    return {f"{module.name}.{part}": tensor for part, tensor in tensors.items() if tensor is not None}
+
+
+def input_parts(scheme: Scheme) -> dict[str, torch.dtype]:
+    """Names and dtypes of the tensors (1,) that a module needs for its inputs, after its name and a dot."""
+    how = scheme.activations
+    if how is None or how.dynamic:
+        return {}
+    return {"input_scale": torch.float32} | ({} if how.symmetric else {"input_zero_point": torch.int8})
+
+
+def input_bytes(scheme: Scheme) -> int:
+    """Bytes of `input_tensors`."""
+    return sum(dtype.itemsize for dtype in input_parts(scheme).values())
+
+
+def read_input_scale(module: ModuleSpec, scheme: Scheme, load: Callable[[str], Tensor]) -> InputScale | None:
+    """The inverse of `input_tensors`; None where scales are dynamic."""
+    parts = [load(f"{module.name}.{part}") for part in input_parts(scheme)]
+    return InputScale(*parts) if parts else None
+
+
 def codes_of(weight: Representation) -> Quantized | None:
     """The codes of a quantised weight, with removed weights at the code that decodes to zero; None without codes."""
     if isinstance(weight, Quantized):
@@ -84,9 +113,14 @@ def codes_of(weight: Representation) -> Quantized | None:
 
 
 def zero_codes(values: Quantized) -> Tensor:
-    """The code that decodes to zero at each place of the matrix, (N, K) int8."""
+    """The code that decodes to zero at each place of the matrix, (N, K) int8; with float zero points, the closest."""
+    if isinstance(values.grid, FloatGrid):
+        return torch.full_like(values.codes, values.grid.zero_code)
     if values.zero_point is None:
         return torch.zeros_like(values.codes)
+    zero = values.zero_point
+    if zero.is_floating_point():
+        zero = zero.float().round().clamp(values.grid.low, values.grid.high).to(torch.int8)
     if values.group_index is not None:
-        return values.zero_point[:, values.group_index.long()]
-    return values.grid.spread(values.zero_point, values.codes.shape[1])
+        return zero[:, values.group_index.long()]
+    return values.grid.spread(zero, values.codes.shape[1])

@@ -21,6 +21,7 @@ class DenseFormat:
     """The weight in the storage dtype under its usual name."""
 
     name = "dense"
+    multiplies_integers = False
     summary = "plain Hugging Face tensors; loads everywhere, saves no bytes"
 
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:

@@ -1,26 +1,30 @@
 """What a method is: a function, the paper it comes from, what it needs to see and which recipe keys it takes.
 
-The walk reads these declarations and nothing else; it never asks a method for its name. Three shapes cover the
+The walk reads these declarations and nothing else; it never asks a method for its name. Six shapes cover the
 field, and a method may have more than one of them:
 
     transform   a block and its calls -> scales that move magnitude between neighbours without changing the function
     linear      one weight and the statistics of its inputs -> a representation
+    learn       a block, its inputs and the outputs it should have -> a representation of each of its linears
+    tune        the finished model and a loss of its logits -> the same codes with other scales
     select      one score per block -> the blocks to remove
+    rewrite     a model's layout -> the same function with other tensors, from which all else then starts
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from penjing.models.layout import InputGroup
+from penjing.models.layout import InputGroup, Layout
 from penjing.numerics.grids import IntegerGrid, ScaleRule
-from penjing.representations import Representation, Scheme
+from penjing.numerics.observers import Observer
+from penjing.representations import Activations, Representation, Scheme
 from penjing.statistics import BlockStatisticType, Statistics, StatisticType
 
 
@@ -29,8 +33,12 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def for_matrix(self, shape: tuple[int, ...], storage_dtype: torch.dtype) -> Self:
+        """The options with what depends on the `shape` (N, K) of a matrix worked out; ValueError if they do not fit."""
+        return self
+
     def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
-        """What a weight of scheme `before` becomes under a step with these options."""
+        """What a weight of scheme `before` becomes under a step with these options; ValueError if it cannot."""
         return before
 
 
@@ -46,13 +54,29 @@ GroupSize = Annotated[
 ]
 
 
-class GridOptions(Options):
-    """Recipe keys of every method that rounds weights to an integer grid."""
+GroupSizeOrBlock = Annotated[
+    Annotated[int, Field(ge=2)] | Literal["channel", "tensor", "block"],
+    BeforeValidator(_spell_group),
+    Field(
+        description="consecutive inputs that share a scale; `channel` (or -1): the row; `tensor`: the matrix; `block`: "
+        "128 inputs of 128 outputs (fp8)"
+    ),
+]
+
+
+class GridKeys(Options):
+    """Recipe keys of a grid of integers."""
 
     bits: int = Field(4, ge=2, le=8, description="bits per weight")
-    group_size: GroupSize = 128
+    group_size: GroupSizeOrBlock = 128
     symmetric: bool = Field(True, description="no zero point; the grid is centred on zero")
     scale_rule: ScaleRule = Field("full", description="how a symmetric scale follows from the largest weight")
+
+
+class GridOptions(GridKeys):
+    """Recipe keys of every method that rounds weights to an integer grid."""
+
+    group_size: GroupSize = 128
 
     def grid(self, scale_dtype: torch.dtype) -> IntegerGrid:
         """The grid these keys describe."""
@@ -64,10 +88,46 @@ class GridOptions(Options):
 
 
 class ActivationOptions(Options):
-    """How the inputs of a linear are quantised at run time: symmetric integers, one scale per token."""
+    """How the inputs of a linear are quantised at run time."""
 
-    bits: Literal[8] = 8
-    dynamic: Literal[True] = True
+    bits: int = Field(8, ge=4, le=8, description="bits per input value")
+    type: Literal["int", "fp8"] = Field("int", description="integers, or 8-bit floats (E4M3)")
+    dynamic: bool = Field(True, description="scales come from each input; otherwise from the calibration text")
+    granularity: Literal["token", "tensor"] = Field(
+        "token", description="what shares a scale: a token, or the whole input (always so when static)"
+    )
+    symmetric: bool = Field(True, description="no zero point")
+    observer: Observer = Field("minmax", description="how a static range is chosen from what was seen")
+    percentile: float = Field(99.99, gt=50, le=100, description="of the inputs that `percentile` keeps in range")
+    threshold: float | None = Field(
+        None, gt=0, description="columns of a batch that reach this magnitude are multiplied as they are (LLM.int8())"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _static_means_per_tensor(cls, keys: object) -> object:
+        if isinstance(keys, dict) and keys.get("dynamic") is False:
+            return {"granularity": "tensor", **keys}
+        return keys
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if not self.dynamic and self.granularity == "token":
+            raise ValueError("static inputs have one scale for all tokens; drop `granularity` or set it to `tensor`")
+        if self.dynamic and self.observer != "minmax":
+            raise ValueError(f"a dynamic range is that of each input; `observer: {self.observer}` needs dynamic: false")
+        if self.type == "fp8" and (self.bits != 8 or not self.symmetric or self.observer == "entropy"):
+            raise ValueError("fp8 inputs have 8 bits, no zero point, and no entropy observer, which counts levels")
+        if self.threshold is not None and not (
+            self.dynamic and self.symmetric and self.type == "int" and self.granularity == "token"
+        ):
+            raise ValueError("`threshold` goes with dynamic symmetric integers per token")
+        return self
+
+    def chosen(self) -> Activations:
+        """What a scheme says of them."""
+        kind: Literal["int", "float"] = "float" if self.type == "fp8" else "int"
+        return Activations(self.bits, kind, self.dynamic, self.granularity, self.symmetric, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -116,8 +176,86 @@ class BlockInput:
 Scales = dict[InputGroup, Tensor]
 """Per input channel (K,): inputs are divided by it (in `source`), weights multiplied."""
 
+
+@dataclass(frozen=True)
+class BlockTask:
+    """What a method that learns is given: a decoder block, what goes in, and what should come out.
+
+    weights        fp32 (N, K) of each linear the step applies to, by its name inside the block; from earlier steps
+                   what those made of it
+    statistics     of the inputs of each linear, by its name
+    run            the block's output (B, T, D) for states (B, T, D) when some linears, by name, have other weights
+                   (N, K); differentiable in both
+    inputs         (S, T, D), what the block will see: the outputs of the compressed blocks before it
+    targets        (S, T, D), the outputs of the dense model after this block
+    kept           masks of linears that an earlier step pruned
+    storage_dtype  the dtype in which dense values and scales are written
+    """
+
+    weights: Mapping[str, Tensor]
+    statistics: Mapping[str, Statistics]
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    inputs: Tensor
+    targets: Tensor
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    storage_dtype: torch.dtype = torch.bfloat16
+
+
 LinearFunction = Callable[[LinearInput, Any], Representation]
+LearnFunction = Callable[[BlockTask, Any], Mapping[str, Representation]]
 TransformFunction = Callable[[BlockInput, Any], Scales]
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """What a method that trains the finished model as a whole is given.
+
+    weights  what the linears that the step applies to became, by full name
+    norms    fp32 weights of the norms inside the blocks, by the full name of the parameter
+    windows  number of calibration windows
+    loss     KL(dense || model) in nats per token over some windows, when some linears have other weights (N, K) and
+             some norms other values: what the function gives for a full name, None for as they are. Leaves the
+             gradients in the leaves behind those tensors
+    """
+
+    weights: Mapping[str, Representation]
+    norms: Mapping[str, Tensor]
+    windows: int
+    loss: Callable[[Sequence[int], Callable[[str], Tensor | None]], float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What training changed: representations of linears, and weights of norms, by the names in `ModelTask`."""
+
+    weights: Mapping[str, Representation]
+    norms: Mapping[str, Tensor]
+
+
+TuneFunction = Callable[[ModelTask, Any, Callable[[int, float], None]], Tuned]
+
+
+Load = Callable[[str], Tensor]
+"""One tensor of a model as it is stored, by its full name."""
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A model that computes the same function with other tensors: what a method that rewrites asks for.
+
+    layout   of the rewritten model
+    tensors  full name of each tensor that is not the original's -> how it is made from those, in fp32
+    config   entries of config.json that change
+    notes    what whoever reads the plan should know
+    """
+
+    layout: Layout
+    tensors: Mapping[str, Callable[[Load], Tensor]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+RewriteFunction = Callable[[Layout, Any], Rewriting]
 
 
 @dataclass(frozen=True)
@@ -138,7 +276,17 @@ class Method:
     options: type[Options]
     linear: LinearFunction | None = None
     transform: TransformFunction | None = None
+    learn: LearnFunction | None = None
+    tune: TuneFunction | None = None
     select: Selection | None = None
+    rewrite: RewriteFunction | None = None
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
+    passes: Callable[[Any, int], float] = field(default=lambda options, windows: 0.0)
+    """Training in units of forward passes over all calibration windows, given how many there are."""
     row_wise: Callable[[Any], bool] = field(default=lambda options: True)
     """True when every row's result depends on that row alone, so that linears sharing an input go in one call."""
+
+    @property
+    def on_model(self) -> bool:
+        """It works on the model as a whole, so a step of it takes no `targets`."""
+        return self.select is not None or self.rewrite is not None

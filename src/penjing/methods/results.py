@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.scale_codes import ScaleCodes, encode_e8m0
+from penjing.numerics.scale_search import fit_rows
 from penjing.representations import Dense, Masked, Quantized
 
 
+class Fit(NamedTuple):
+    """Scale and zero point of every group of a matrix, fp32 (N, G), and how a file holds scales coded together."""
+
+    scale: Tensor
+    zero: Tensor
+    scale_codes: ScaleCodes | None = None
+
+
+def fitted(weight: Tensor, grid: ScaledGrid, metric: Tensor | None = None) -> Fit:
+    """The grid's scales for a matrix `weight` (N, K).
+
+    metric  of a search for better ones, (K,) or (K, K), see `numerics.scale_search`; only for integer grids
+    """
+    if isinstance(grid, IntegerGrid):
+        return Fit(*fit_rows(weight, grid, metric))
+    together = grid.fit_coded(weight)
+    if together is None:
+        return Fit(*grid.fit_rows(weight))
+    scale = together.decode()
+    return Fit(scale, torch.zeros_like(scale), together)
+
+
 def quantized(
-    codes: Tensor, scale: Tensor, zero: Tensor, grid: IntegerGrid, group_index: Tensor | None = None
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: ScaledGrid,
+    group_index: Tensor | None = None,
+    scale_codes: ScaleCodes | None = None,
 ) -> Quantized:
     """A `Quantized` from codes (N, K), scale (N, G) and zero (N, G), in whatever types they were computed.
 
-    Scales were already rounded to `grid.scale_dtype` by the grid, so this cast loses nothing.
+    Scales and zero points were already rounded to what is stored by the grid, so these casts lose nothing.
+    `scale_codes` are those of `fitted`.
     """
+    if isinstance(grid, FloatGrid):
+        if grid.scale == "e8m0":
+            scale_codes = encode_e8m0(scale)
+        return Quantized(codes.to(grid.code_dtype), scale.to(grid.scale_dtype), None, grid, group_index, scale_codes)
     return Quantized(
-        codes=codes.to(torch.int8),
+        codes=codes.to(grid.code_dtype),
         scale=scale.to(grid.scale_dtype),
-        zero_point=None if grid.symmetric else zero.to(torch.int8),
+        zero_point=None if grid.symmetric else zero.to(grid.zero_dtype),
         grid=grid,
         group_index=group_index,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from penjing.models.expressions import holds, size, sizes
 from penjing.models.families import FAMILIES, read_family
-from penjing.models.layout import InputGroup, Layout, ModuleSpec
+from penjing.models.layout import InputGroup, Layout, ModuleSpec, Residual, ValueHeads
 
 Facts = Mapping[str, Any]
 
@@ -29,6 +29,7 @@ def known_layout(config: Facts) -> Layout:
     after = _modules(family["after"], None, values)
     modules += [replace(spec, tensors={}) if tied and spec.kind == "head" else spec for spec in after]
     groups = {kind: tuple(_groups(family, kind, values)) for kind in templates}
+    residual = {kind: _residual(family["residual"], block, values) for kind, block in templates.items()}
     return Layout(
         model_type=config["model_type"],
         family=name,
@@ -38,6 +39,8 @@ def known_layout(config: Facts) -> Layout:
         tied=tied,
         norm_offset=family.get("norm_offset", 0.0),
         never=_never(family, modules, path),
+        residual=tuple(residual[kind] for kind in kinds),
+        heads=_heads(family["heads"], values),
     )
 
 
@@ -106,6 +109,22 @@ def _groups(family: Facts, kind: str | None, values: Facts) -> Iterator[InputGro
 
 def _filler(expert: int) -> Callable[[str], str]:
     return lambda pattern: pattern.replace("*", str(expert))
+
+
+def _residual(facts: Facts, block: Sequence[ModuleSpec], values: Facts) -> Residual:
+    """The facts about the stream, for the modules that this kind of block has."""
+    names = {spec.name for spec in block}
+
+    def present(patterns: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for _, name in _expand(patterns, values) if name in names)
+
+    readers = {norm: present(patterns) for norm, patterns in facts.get("readers", {}).items()}
+    return Residual(readers, present(facts.get("writers", [])), facts.get("fixed", ""))
+
+
+def _heads(facts: Facts, values: Facts) -> ValueHeads:
+    count, width, first, stride = (size(facts[key], values) for key in ("count", "size", "first", "stride"))
+    return ValueHeads(facts["value"], facts["output"], count, width, first, stride)
 
 
 def _never(family: Facts, modules: Sequence[ModuleSpec], path: str) -> dict[str, str]:

@@ -33,6 +33,36 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What stands between one block and the residual stream; names are relative to the block.
+
+    readers  norm -> the modules that read what it makes of the stream
+    writers  the linears whose outputs are added to the stream
+    fixed    why no other basis of the stream gives the same function; empty where any rotation does
+    """
+
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    fixed: str = ""
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """The attention values of a block: nothing but weighted sums over tokens lies between `value` and `output`.
+
+    value   the linear that computes them: head h is rows `first + h * stride` to `+ size`
+    output  the linear that reads them, `size` columns per query head
+    """
+
+    value: str
+    output: str
+    count: int
+    size: int
+    first: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class ModuleSpec:
     """One module that owns parameters.
 
@@ -75,6 +105,8 @@ class Layout:
     tied         the head shares the embedding's weight; then no head tensor is stored
     norm_offset  added to a norm's weight in the forward pass (Gemma: 1)
     never        names of modules that must not be compressed (routers, for instance), with the reason
+    residual     how each block reads and writes the residual stream; empty when it is not known
+    heads        where the attention values are; None when it is not known
     """
 
     model_type: str
@@ -85,6 +117,8 @@ class Layout:
     tied: bool
     norm_offset: float = 0.0
     never: Mapping[str, str] | None = None
+    residual: tuple[Residual, ...] = ()
+    heads: ValueHeads | None = None
 
     @property
     def blocks(self) -> int:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.float_grids import ScaledGrid
 
 ROWS_AT_ONCE = 1024
 """Bounds the working memory of the search; rows do not affect each other."""
 
 
-def clip_limits(weight: Tensor, inputs: Tensor, grid: IntegerGrid, *, steps: int = 20, furthest: float = 0.5) -> Tensor:
+def clip_limits(weight: Tensor, inputs: Tensor, grid: ScaledGrid, *, steps: int = 20, furthest: float = 0.5) -> Tensor:
     """Best limit (N, G) on |w| of every group of `weight` (N, K), given some of its `inputs` (T, K).
 
     Tries the fractions 1, 1 - 1/steps, ... above `1 - furthest` of the group's largest magnitude and takes the one
@@ -29,7 +29,7 @@ def clip_limits(weight: Tensor, inputs: Tensor, grid: IntegerGrid, *, steps: int
     return torch.cat([_search(rows, metric, grid, fractions) for rows in groups.split(ROWS_AT_ONCE)])
 
 
-def _search(groups: Tensor, metric: Tensor, grid: IntegerGrid, fractions: list[float]) -> Tensor:
+def _search(groups: Tensor, metric: Tensor, grid: ScaledGrid, fractions: list[float]) -> Tensor:
     largest = groups.abs().amax(-1)
     best, smallest = largest.clone(), torch.full_like(largest, torch.inf)
     for fraction in fractions:

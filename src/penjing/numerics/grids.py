@@ -15,43 +15,51 @@ The named rules for the scale of a symmetric grid, with `m = max|w|` of the grou
     signed-max  w[argmax|w|] / -2**(bits-1)    GGUF Q4_0, ONNX Runtime, AutoRound: the scale may be negative,
                                                the largest weight is exact
 
-An asymmetric grid spans `[min(w, 0), max(w, 0)]` (zero is always representable, so pruned weights stay zero).
+An asymmetric grid spans `[min(w, 0), max(w, 0)]`. Its zero point is a whole number, so that zero is always
+representable and pruned weights stay zero, or (HQQ) any number, which is added before rounding:
+
+    code = clamp(round(w / scale + zero), low, high)        w_hat = scale * (code - zero)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 ScaleRule = Literal["full", "narrow", "wide", "signed-max"]
+ZeroPoint = Literal["integer", "float"]
 
 
-@dataclass(frozen=True)
-class IntegerGrid:
-    """A uniform grid of 2**bits levels, fitted per group along the last axis.
-
-    `group_size` is the number of consecutive inputs that share a scale; `None` means the whole row
-    (per-channel) and `"tensor"` one scale for the whole matrix. The last group of a row may be shorter.
-    Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are computed, so that
-    what is written decodes to exactly what the method saw.
-    """
-
-    bits: int = 4
-    group_size: int | Literal["tensor"] | None = 128
-    symmetric: bool = True
-    scale_rule: ScaleRule = "full"
-    scale_dtype: torch.dtype = torch.bfloat16
+class Grid(Protocol):
+    """The points that a coded weight may take: bits per code, groups that share a scale, and how to get there."""
 
     @property
-    def low(self) -> int:
-        return -(2 ** (self.bits - 1))
+    def bits(self) -> int:
+        """Bits per code."""
 
     @property
-    def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+    def group_size(self) -> int | Literal["tensor"] | None:
+        """Consecutive inputs that share a scale; None: a row; `"tensor"`: the matrix."""
+
+    @property
+    def label(self) -> str:
+        """The grid in the field's shorthand, after the bits: "g64 symmetric"."""
+
+
+def group_label(group_size: int | Literal["tensor"] | None) -> str:
+    """What shares a scale, in the field's shorthand: "g64", "per channel", "per tensor"."""
+    if isinstance(group_size, int):
+        return f"g{group_size}"
+    return "per channel" if group_size is None else "per tensor"
+
+
+class Grouped:
+    """What every grid with consecutive groups along the last axis shares."""
+
+    group_size: int | Literal["tensor"] | None
 
     def columns_per_group(self, columns: int) -> int:
         """Width of a full group in a row of `columns` inputs (the row itself when there are no groups)."""
@@ -60,6 +68,56 @@ class IntegerGrid:
     def groups(self, columns: int) -> int:
         """Number of scales in a row of `columns` inputs, counting a shorter last group."""
         return -(-columns // self.columns_per_group(columns))
+
+    def spread(self, per_group: Tensor, columns: int) -> Tensor:
+        """Repeat (N, G) values along the inputs they belong to: -> (N, columns)."""
+        if per_group.shape[1] == 1:
+            return per_group.expand(-1, columns)
+        return per_group.repeat_interleave(self.columns_per_group(columns), 1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grouped):
+    """A uniform grid of 2**bits levels, fitted per group along the last axis.
+
+    `group_size` is the number of consecutive inputs that share a scale; `None` means the whole row
+    (per-channel) and `"tensor"` one scale for the whole matrix. The last group of a row may be shorter.
+    Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are computed, so that
+    what is written decodes to exactly what the method saw. So are zero points of kind `float`; those of kind
+    `integer` are stored like codes. A symmetric grid has no zero point, whatever its kind.
+    """
+
+    bits: int = 4
+    group_size: int | Literal["tensor"] | None = 128
+    symmetric: bool = True
+    scale_rule: ScaleRule = "full"
+    scale_dtype: torch.dtype = torch.bfloat16
+    zero: ZeroPoint = "integer"
+
+    @property
+    def label(self) -> str:
+        """Group, symmetry and what is unusual: "g64 symmetric signed-max", "g64 asymmetric, float zero"."""
+        group = group_label(self.group_size)
+        if not self.symmetric:
+            return f"{group} asymmetric" + (", float zero" if self.zero == "float" else "")
+        return f"{group} symmetric" + ("" if self.scale_rule == "full" else f" {self.scale_rule}")
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """The type that zero points are stored in."""
+        return self.scale_dtype if self.zero == "float" else torch.int8
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of groups: `weight` (..., n) -> two float tensors (...).
@@ -73,27 +131,35 @@ class IntegerGrid:
         else:
             smallest = weight.amin(-1).clamp(max=0)
             largest = weight.amax(-1).clamp(min=0)
-            scale = self._storable((largest - smallest) / (2**self.bits - 1))
-            zero = (self.low - torch.round(smallest / scale)).clamp(self.low, self.high)
+            scale = self.storable((largest - smallest) / (2**self.bits - 1))
+            zero = self.storable_zero(self.low - smallest / scale)
         return scale, zero
 
     def _symmetric_scale(self, weight: Tensor) -> Tensor:
         if self.scale_rule == "signed-max":
             position = weight.abs().argmax(-1, keepdim=True)
-            return self._storable(weight.gather(-1, position).squeeze(-1) / self.low)
+            return self.storable(weight.gather(-1, position).squeeze(-1) / self.low)
         divisor = {"full": (2**self.bits - 1) / 2, "narrow": self.high, "wide": -self.low}[self.scale_rule]
-        return self._storable(weight.abs().amax(-1) / divisor)
+        return self.storable(weight.abs().amax(-1) / divisor)
 
-    def _storable(self, scale: Tensor) -> Tensor:
-        """Round to the storage type; a scale that vanishes there becomes 1 (its group decodes to zero)."""
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales in fp32, rounded to the storage type; one that vanishes there becomes 1: its group decodes to zero."""
         scale = scale.to(self.scale_dtype).float()
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
+    def storable_zero(self, zero: Tensor) -> Tensor:
+        """Zero points in fp32, moved to the nearest that can be stored."""
+        if self.zero == "float":
+            return zero.to(self.scale_dtype).float()
+        return torch.round(zero).clamp(self.low, self.high)
+
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes as floats, same shape as `weight`; `scale` and `zero` broadcast against it."""
+        if self.zero == "float":
+            return torch.round((weight / scale).add_(zero)).clamp_(self.low, self.high)
         return torch.round(weight / scale).add_(zero).clamp_(self.low, self.high)
 
-    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         """Values of `codes` on the grid, in the dtype of `scale`."""
         return (codes - zero) * scale
 
@@ -115,9 +181,3 @@ class IntegerGrid:
             fitted.append((scale.unsqueeze(1), zero.unsqueeze(1)))
         scales, zeros = zip(*fitted, strict=True)
         return torch.cat(scales, 1), torch.cat(zeros, 1)
-
-    def spread(self, per_group: Tensor, columns: int) -> Tensor:
-        """Repeat (N, G) values along the inputs they belong to: -> (N, columns)."""
-        if per_group.shape[1] == 1:
-            return per_group.expand(-1, columns)
-        return per_group.repeat_interleave(self.columns_per_group(columns), 1)[:, :columns]

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from penjing.errors import CalibrationError, FormatError, VerificationError
-from penjing.methods.base import BlockInput, Call, LinearFunction, LinearInput, TransformFunction
+from penjing.formats.base import input_tensors
+from penjing.methods.base import BlockInput, BlockTask, Call, LinearFunction, LinearInput, TransformFunction
 from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
+from penjing.numerics.activations import InputScale
+from penjing.numerics.observers import static_scale
 from penjing.pipeline.fold import fold, foldable
 from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
 from penjing.pipeline.parallel import side_by_side
+from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, Masked, Representation
-from penjing.statistics import Gram, Statistics, StatisticType
+from penjing.statistics import Gram, Statistics, StatisticType, compares
 
 
 @dataclass
@@ -39,6 +46,15 @@ class ModuleResult:
     error_kind: str = ""
     tokens: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A block's inputs (S, T, D), the outputs (S, T, D) it should have, and how to run it with other parameters."""
+
+    inputs: Tensor
+    targets: Tensor
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class BlockTensors(MutableMapping[str, Tensor]):
@@ -96,6 +112,7 @@ class BlockCompressor:
         self.clusters: list[list[str]] = [[name] for name in self.rows]
         self.notes: dict[str, list[str]] = {name: [] for name in self.rows}
         self.done: dict[str, Representation] = {}
+        self.input_scales: dict[str, InputScale] = {}
 
     def steps_of(self, name: str) -> list[Step]:
         """The recipe's steps that apply to a module."""
@@ -110,8 +127,19 @@ class BlockCompressor:
                 wanted[name] = list(kinds)
         return wanted
 
-    def observe(self, module: nn.Module, forwards: Iterable[Callable[[], object]]) -> dict[str, list[Call]]:
+    def compares(self) -> bool:
+        """Whether a step looks at the inputs in the dense model beside those in the compressed one."""
+        return any(compares(kind) for kinds in self.needs().values() for kind in kinds)
+
+    def observe(
+        self,
+        module: nn.Module,
+        forwards: Iterable[Callable[[], object]],
+        dense: Iterable[Callable[[], object]] | None = None,
+    ) -> dict[str, list[Call]]:
         """Collect what the steps need while `forwards` (one call per batch) run the module.
+
+        dense  the same batches with the dense model's hidden states; needed when `compares()`
 
         Returns the recorded calls of the submodules that a transform wants to search with.
         """
@@ -119,10 +147,13 @@ class BlockCompressor:
         searched = {group.inside for group in self.foldable_groups() if self._transforms(group)}
         recorder = CallRecorder(module, find, searched)
         with Observer(module, find, needs) as observer:
-            for forward in forwards:
+            for forward, again in zip(forwards, repeat(None) if dense is None else dense, strict=False):
                 observer.start_forward()
                 with suppress(EnoughSeen):
                     forward()
+                if again is not None:
+                    with observer.beside():
+                        again()
         recorder.remove()
         self.statistics = dict(observer.statistics)
         self.clusters = [*observer.clusters(), *([name] for name in self.rows if name not in needs)]
@@ -160,7 +191,11 @@ class BlockCompressor:
     def _transforms(self, group: InputGroup) -> list[Step]:
         return [step for step in self.steps_of(group.linears[0]) if step.definition.transform is not None]
 
-    def apply(self, module: nn.Module, calls: Mapping[str, list[Call]]) -> None:
+    def learns(self) -> bool:
+        """Whether a step trains on the block's inputs and outputs."""
+        return any(step.definition.learn is not None for name in self.rows for step in self.steps_of(name))
+
+    def apply(self, module: nn.Module, calls: Mapping[str, list[Call]], lesson: Lesson | None) -> None:
         """All steps, in the recipe's order."""
         for number, step in enumerate(self.plan.recipe.steps):
             members = [name for name, row in self.rows.items() if number in row.steps]
@@ -171,6 +206,51 @@ class BlockCompressor:
             if step.definition.linear is not None:
                 clusters = [[name for name in cluster if name in members] for cluster in self.clusters]
                 self._compress(step.definition.linear, step, [cluster for cluster in clusters if cluster])
+            if step.definition.learn is not None and lesson is not None:
+                self.done |= step.definition.learn(self._task(members, lesson), step.options)
+
+    def _task(self, members: Sequence[str], lesson: Lesson) -> BlockTask:
+        masks = {name: self._kept(name) for name in members}
+        return BlockTask(
+            weights={name: self._current(name) for name in members},
+            statistics=self.statistics,
+            run=partial(self._run, lesson),
+            inputs=lesson.inputs,
+            targets=lesson.targets,
+            kept={name: mask for name, mask in masks.items() if mask is not None},
+            storage_dtype=self.plan.dtype,
+        )
+
+    def _run(self, lesson: Lesson, states: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output with `weights` in some linears and what earlier steps made of everything else."""
+        parameters = self._parameters(weights)
+        return lesson.run(states, {name: tensor.to(states.dtype) for name, tensor in parameters.items()})
+
+    def _parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the block that differ from the dense model's, as the live modules hold them."""
+        changed = dict(self.tensors.changed)
+        linears = {name: self._current(name) for name in self.rows if name in self.done or f"{name}.weight" in changed}
+        for name, weight in {**linears, **weights}.items():
+            changed[f"{name}.weight"] = weight.T if self.rows[name].module.transposed else weight
+        return changed
+
+    def measured(self) -> list[str]:
+        """Linears whose inputs get a static scale."""
+        found = ((name, row.scheme.activations) for name, row in self.rows.items())
+        return [name for name, how in found if how is not None and not how.dynamic]
+
+    def measure(self, module: nn.Module, forwards: Iterable[Callable[[], object]]) -> None:
+        """Choose static scales for the inputs that `measured()` linears get while `forwards` run the module."""
+        seen = input_histograms(module, self.measured(), forwards)
+        for name in self.measured():
+            if name not in seen or not math.isfinite(seen[name].largest):
+                raise CalibrationError(
+                    f"the calibration text gives {self.prefix}{name} no input, or one with NaN or infinite values, so "
+                    "it can have no static scale; use `dynamic: true` for it"
+                )
+            chosen = next(step.activations for step in reversed(self.steps_of(name)) if step.activations)
+            scale = static_scale(seen[name], chosen.chosen(), chosen.observer, chosen.percentile)
+            self.input_scales[name] = scale
 
     def _transform(
         self,
@@ -226,12 +306,24 @@ class BlockCompressor:
         done = self.done.get(name)
         return done.kept if isinstance(done, Masked) else None
 
-    def finish(self, module: nn.Module, calls: Mapping[str, list[Call]]) -> list[ModuleResult]:
-        """Apply all steps: every module, compressed or copied, with its error."""
-        self.apply(module, calls)
+    def finish(
+        self,
+        module: nn.Module,
+        calls: Mapping[str, list[Call]],
+        lesson: Lesson | None = None,
+        replay: Callable[[Mapping[str, Tensor]], Iterable[Callable[[], object]]] | None = None,
+    ) -> list[ModuleResult]:
+        """Apply all steps: every module, compressed or copied, with its error. Steps that learn need a `lesson`.
+
+        replay  the forward passes of `observe` again, with other values for some parameters; where it is given, static
+                scales are chosen from the inputs that linears get once all steps are done
+        """
+        self.apply(module, calls, lesson)
+        if replay is not None and self.measured():
+            self.measure(module, replay(self._parameters({})))
         results = [self._result(name, row) for name, row in self.rows.items()]
         for name, tensor in ((name, tensor) for result in results for name, tensor in result.packed.items()):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
                 raise FormatError(
                     f"{name} does not fit {self.plan.dtype}: values overflow; set `dtype: bfloat16` in the recipe"
                 )
@@ -249,6 +341,8 @@ class BlockCompressor:
             return ModuleResult(module, packed, notes=self.notes[name])
         original = self.tensors[f"{name}.weight"]
         packed |= self._pack(row, self.done.get(name) or Dense(original))
+        if name in self.input_scales:
+            packed |= input_tensors(module, self.input_scales[name])
         result = ModuleResult(module, packed, notes=self.notes[name])
         if name in self.done:
             written = self._unpack(row, packed).dense().float()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index
+from penjing.costs import needs_text
 from penjing.errors import PlanError, QualityError
 from penjing.evaluation.card import model_card
 from penjing.evaluation.html import html_page
@@ -22,18 +24,22 @@ from penjing.evaluation.report import Report, Skipped, Software, Source
 from penjing.evaluation.size import Stages, weight_bytes
 from penjing.evaluation.windows import Protocol
 from penjing.memory import PeakMemory, share_one_heap
+from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
-from penjing.pipeline import measure
+from penjing.pipeline import decoding, measure
 from penjing.pipeline.journal import Fingerprint, Journal, require_usable
+from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource
+from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import Verification, fits_in_memory, save_probe, verify
-from penjing.pipeline.walk import Progress, Walk, WalkResult, score_blocks
+from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
 from penjing.pipeline.weights import Weights
-from penjing.planning import Plan, make_plan, needs_text
+from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
+from penjing.runtime.memory import CacheMemory
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def prepare(
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
     check_tied_head(layout, checkpoint)
+    decoding.require_cacheable(checkpoint.config, recipe.kv_cache, trust_remote_code=trust_remote_code)
     plan = make_plan(checkpoint, layout, recipe)
     require_usable(directory)
     limits = recipe.require
@@ -114,16 +121,11 @@ def run(job: Job, progress: Progress) -> Report:
             checkpoint, plan, removed = _choose_blocks(job, progress)
         with stages.stage("compress"):
             tokens = None if job.calibration is None else job.calibration.tokens
-            walk = Walk(
-                plan,
-                checkpoint,
-                job.directory,
-                journal,
-                dtype=job.dtype,
-                tokens=tokens,
-                progress=progress,
-                trust_remote_code=job.trust_remote_code,
-            ).run()
+            walk = _walk(job, checkpoint, plan, journal, tokens, progress)
+        if tokens is not None and any(step.definition.tune for step in plan.recipe.steps):
+            with stages.stage("train"):
+                _train(job, checkpoint, plan, journal, tokens, progress)
+                walk = _walk(job, checkpoint, plan, journal, tokens[:1, :PROBE_TOKENS], progress)
     with stages.stage("complete the directory"):
         _complete(job, checkpoint, plan, walk)
     with stages.stage("verify"):
@@ -132,8 +134,8 @@ def run(job: Job, progress: Progress) -> Report:
         verification = verify(job.directory, engine=engine, trust_remote_code=job.trust_remote_code)
         progress("verify", 1, 1, verification.how)
     with stages.stage("evaluate"):
-        quality = _evaluate(job, progress)
-    report = _report(job, plan, walk, removed, verification, quality, memory, stages)
+        quality, held = _evaluate(job, progress)
+    report = _report(job, plan, walk, removed, verification, quality, held, memory, stages)
     write_bytes(job.directory / "report.json", report.to_json().encode())
     write_bytes(job.directory / "report.html", html_page(report).encode())
     write_bytes(job.directory / "README.md", model_card(report).encode())
@@ -143,8 +145,11 @@ def run(job: Job, progress: Progress) -> Report:
 
 
 def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list[tuple[int, str]]]:
-    """The model that is walked: the checkpoint itself, or the blocks that the recipe's selecting steps keep."""
-    checkpoint, plan = job.checkpoint, job.plan
+    """The model that is walked: the checkpoint itself, or the blocks that the recipe's selecting steps keep, rewritten.
+
+    Blocks are chosen by what the original does.
+    """
+    checkpoint, layout, plan = job.checkpoint, job.layout, job.plan
     names = list(range(job.layout.blocks))
     removed: list[tuple[int, str]] = []
     steps = list(job.recipe.steps)
@@ -152,7 +157,7 @@ def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list
         step = steps.pop(0)
         scores = score_blocks(
             checkpoint,
-            plan.layout,
+            layout,
             job.calibration.tokens,
             selection.scores,
             dtype=job.dtype,
@@ -163,13 +168,47 @@ def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list
         removed += [(names[index], f"{step.method}: score {scores[index]:.4f}") for index in sorted(gone)]
         keep = [index for index in range(len(names)) if index not in gone]
         names = [names[index] for index in keep]
-        checkpoint = BlockSubset(checkpoint, plan.layout, keep)
+        checkpoint = BlockSubset(checkpoint, layout, keep)
         layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=job.trust_remote_code)
         plan = make_plan(checkpoint, layout, job.recipe.model_copy(update={"steps": tuple(steps)}))
+    if plan.rewriting is not None:
+        checkpoint = RewrittenCheckpoint(checkpoint, plan.rewriting, str(steps[0].as_dict()))
     return checkpoint, plan, removed
 
 
-_NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path")
+def _walk(
+    job: Job, checkpoint: Checkpoint, plan: Plan, journal: Journal, tokens: Tensor | None, progress: Progress
+) -> WalkResult:
+    return Walk(
+        plan,
+        checkpoint,
+        job.directory,
+        journal,
+        dtype=job.dtype,
+        tokens=tokens,
+        progress=progress,
+        trust_remote_code=job.trust_remote_code,
+    ).run()
+
+
+def _train(job: Job, checkpoint: Checkpoint, plan: Plan, journal: Journal, tokens: Tensor, progress: Progress) -> None:
+    """The steps that bring the finished model's logits back to those of the dense model, blocks removed or not."""
+    source = Weights(job.checkpoint, job.layout).live
+    teacher = StreamedModel(job.checkpoint.config, job.layout, source, trust_remote_code=job.trust_remote_code)
+    model = FinishedModel(
+        plan,
+        checkpoint.config,
+        teacher,
+        job.directory,
+        journal,
+        tokens,
+        job.dtype,
+        trust_remote_code=job.trust_remote_code,
+    )
+    tune(model, journal, progress)
+
+
+_NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path", CONFIG_KEY)
 """Keys of a source's config.json that do not hold for the result."""
 
 
@@ -180,6 +219,8 @@ def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) ->
     schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
     config |= {"dtype": str(plan.dtype).removeprefix("torch.")} | plan.format.config(schemes, plan.dtype)
+    if job.recipe.kv_cache is not None:
+        config[CONFIG_KEY] = job.recipe.kv_cache.model_dump()
     write_bytes(job.directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name, content in checkpoint.files():
         write_bytes(job.directory / name, content)
@@ -187,13 +228,13 @@ def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) ->
     save_probe(job.directory, walk.probe_tokens, walk.probe_logits, walk.shards)
 
 
-def _evaluate(job: Job, progress: Progress) -> Quality | None:
-    """The written model against the dense one, both streamed."""
+def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory | None]:
+    """The written model, through the recipe's cache, against the dense one with a full cache; both streamed."""
     if job.evaluation is None:
-        return None
+        return None, None
     tokens = job.evaluation.tokens
-    reference = None
-    quality = None
+    reference: measure.Candidate | None = None
+    quality, held = None, None
     written = open_checkpoint(job.directory, trust_remote_code=job.trust_remote_code)
     for label, checkpoint in (("dense", job.checkpoint), ("compressed", written)):
         layout = layout_of(checkpoint.config, trust_remote_code=job.trust_remote_code)
@@ -201,11 +242,12 @@ def _evaluate(job: Job, progress: Progress) -> Quality | None:
             checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=job.trust_remote_code
         )
         advanced = partial(measure.report_block, progress, f"evaluate {label}", layout.blocks)
-        candidate = measure.run(stream, tokens, advanced)
+        through = None if reference is None else job.recipe.kv_cache
+        candidate, held = decoding.run(stream, tokens, through, job.plan.dtype, advanced)
         if reference is not None:
             quality = measure.compare(candidate, tokens, reference).result()
         reference = candidate
-    return quality
+    return quality, held
 
 
 def _report(
@@ -215,6 +257,7 @@ def _report(
     removed: list[tuple[int, str]],
     verification: Verification,
     quality: Quality | None,
+    held: CacheMemory | None,
     memory: PeakMemory,
     stages: Stages,
 ) -> Report:
@@ -239,7 +282,8 @@ def _report(
         calibration=None if job.calibration is None else _in_dtype(job.calibration, job.dtype),
         sample="" if job.calibration is None else job.calibration.sample,
         quality=quality,
-        protocol=None if job.evaluation is None else job.evaluation.protocol,
+        protocol=None if job.evaluation is None else decoding.describe(job.evaluation.protocol, job.recipe.kv_cache),
+        kv_cache=held,
         block_errors=tuple(walk.block_errors),
         skipped=tuple(skipped),
         peak_memory=memory.bytes,

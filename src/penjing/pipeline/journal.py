@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penjing.checkpoint import write_bytes
+from torch import Tensor
+
+from penjing.checkpoint import write_bytes, write_shard
 from penjing.errors import OutputError, ResumeError
 
 FOLDER = ".penjing"
@@ -41,10 +44,18 @@ def require_usable(directory: Path) -> None:
 class Journal:
     """Finished shards of one output directory, on disk after every shard."""
 
-    def __init__(self, directory: Path, fingerprint: Fingerprint, shards: dict[str, dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: Fingerprint,
+        shards: dict[str, dict[str, Any]],
+        tuned: Sequence[int] = (),
+        pending: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
         self.fingerprint = fingerprint
         self.shards = shards
+        self._tuned, self._pending = list(tuned), list(pending)
 
     @classmethod
     def open(cls, directory: Path, fingerprint: Fingerprint) -> Journal:
@@ -71,7 +82,9 @@ class Journal:
                 + "; ".join(f"{key} was {before.get(key)}, is {getattr(fingerprint, key)}" for key in changed)
                 + ". Choose another output directory, or remove this one"
             )
-        return cls(directory, fingerprint, shards)
+        journal = cls(directory, fingerprint, shards, stored.get("tuned", ()), stored.get("pending", ()))
+        journal._put_in_place()
+        return journal
 
     def finished(self, shard: str) -> dict[str, Any] | None:
         """What was noted when the shard was written, if it is there and unharmed; None if it has to be made.
@@ -91,10 +104,36 @@ class Journal:
         self.shards[shard] = {"sha256": digest(self.directory / shard), "notes": notes}
         self.save()
 
+    def is_tuned(self, step: int) -> bool:
+        """Whether the recipe's step with this number has already changed the finished shards."""
+        return step in self._tuned
+
+    def replace(self, step: int, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put other tensors into finished shards, all or none, and note that the recipe's step did so."""
+        for name, tensors in shards.items():
+            path = self.directory / FOLDER / name
+            write_shard(path, dict(tensors))
+            self.shards[name]["sha256"] = digest(path)
+        self._tuned.append(step)
+        self._pending = sorted(shards)
+        self.save()
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Move the new shards that the journal already counts as written over the old ones."""
+        for name in self._pending:
+            new = self.directory / FOLDER / name
+            if new.is_file():
+                new.replace(self.directory / name)
+        if self._pending:
+            self._pending = []
+            self.save()
+
     def save(self) -> None:
         """Write the journal (atomically)."""
         (self.directory / FOLDER).mkdir(parents=True, exist_ok=True)
-        stored = {"fingerprint": self.fingerprint.as_dict(), "shards": self.shards}
+        stored: dict[str, Any] = {"fingerprint": self.fingerprint.as_dict(), "shards": self.shards}
+        stored |= {"tuned": self._tuned, "pending": self._pending}
         write_bytes(self.directory / FOLDER / _FILE, json.dumps(stored, indent=1).encode())
 
     def close(self) -> None:

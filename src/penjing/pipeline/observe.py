@@ -1,15 +1,21 @@
-"""Collecting statistics of the inputs of a block's linears while the block runs. One accumulator per distinct input."""
+"""Collecting statistics of the inputs of a block's linears while the block runs. One accumulator per distinct input.
+
+Statistics that compare the compressed model with the dense one need the same tokens twice: the block runs on a batch of
+the compressed model's hidden states, then, inside `beside()`, on the dense model's states for the same tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from penjing.methods.base import Call
-from penjing.statistics import Statistics, StatisticType
+from penjing.statistics import CrossGram, Statistics, StatisticType
 
 CALL_TOKENS = 4096
 """How many tokens of calls of submodules are kept for methods that search by running them."""
@@ -44,6 +50,8 @@ class Observer:
         self._last_linear: str | None = None
         self._forwards = 0
         self._first_seen: dict[str, int] = {}
+        self._waiting: dict[str, deque[Tensor]] = {name: deque() for name in self._needs}
+        self._is_beside = False
 
     def __enter__(self) -> Observer:
         for name, linear in self._linears.items():
@@ -65,8 +73,21 @@ class Observer:
         self._last = None
         self._forwards += 1
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What runs inside is the last forward pass again, with the hidden states of the dense model."""
+        self._is_beside = True
+        try:
+            yield
+        finally:
+            self._is_beside = False
+        if late := [name for name, waiting in self._waiting.items() if waiting]:
+            raise RuntimeError(f"{', '.join(late)} ran with the compressed model's states but not with the dense one's")
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._is_beside:
+                return self._compare(name, args[0])
             self._see(name, args[0])
             if name == self._last_linear:
                 raise EnoughSeen
@@ -82,10 +103,22 @@ class Observer:
             self.statistics[name] = {kind: seen.get(kind) or kind(tokens.shape[-1]) for kind in self._needs[name]}
         already = set(map(id, self.statistics[leader].values())) if leader != name else set()
         for statistic in self.statistics[name].values():
-            if id(statistic) not in already:
+            if id(statistic) in already:
+                continue
+            if isinstance(statistic, CrossGram):
+                self._waiting[name].append(tokens)
+            else:
                 statistic.update(tokens)
         if leader == name:
             self._last = (name, inputs)
+
+    def _compare(self, name: str, dense: Tensor) -> None:
+        """Finish what `_see` began; linears that share their inputs share this, too."""
+        if self._waiting[name]:
+            inputs = self._waiting[name].popleft()
+            for statistic in self.statistics[name].values():
+                if isinstance(statistic, CrossGram):
+                    statistic.compare(inputs, dense.reshape(-1, dense.shape[-1]))
 
     def _leader_of(self, name: str, inputs: Tensor) -> str:
         """The linear called just before with the very same tensor, or `name` itself.

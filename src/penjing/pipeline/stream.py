@@ -7,21 +7,21 @@ no graph has to be traced. Each block is then filled with weights, run on all wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from penjing.costs import BATCH_TOKENS
 from penjing.errors import CheckpointError
 from penjing.memory import give_back
 from penjing.models import build_model, fill, find, release
 from penjing.models.layout import Layout, ModuleSpec
-from penjing.numerics.activations import activation_fake_quant
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
-from penjing.planning import BATCH_TOKENS
 
 Allocate = Callable[..., Tensor]
 """Like `torch.empty(shape, dtype=dtype)`."""
@@ -123,17 +123,28 @@ class StreamedModel:
         if (window.shape[1], dtype) in self._calls:
             return
         self._returns_tuple = self._probe_first_block(window[:, :8], dtype)
+        self._calls[window.shape[1], dtype] = self._record(window, use_cache=False)
+
+    def _record(self, window: Tensor, **arguments: Any) -> list[BlockCall]:
         recorders = [_Recorder(block, self._returns_tuple) for block in self._blocks]
         with self._standing(recorders), self._headless():
-            self.model(input_ids=window, use_cache=False)
-        self._calls[window.shape[1], dtype] = [recorder.call for recorder in recorders]
+            self.model(input_ids=window, **arguments)
+        return [recorder.call for recorder in recorders]
+
+    @torch.no_grad()
+    def calls(self, windows: Iterable[Tensor], dtype: torch.dtype, **arguments: Any) -> Iterator[list[BlockCall]]:
+        """How the parent calls its blocks when its forward is given each of `windows` (1, t) and `arguments`."""
+        before, _ = modules_outside_blocks(self.layout)
+        with self._filled(before, dtype):
+            for window in windows:
+                yield self._record(window, **arguments)
 
     def _probe_first_block(self, window: Tensor, dtype: torch.dtype) -> bool:
         """Whether blocks return a tuple, found by running the first one on a few tokens."""
         outputs: list[object] = []
         with self.block(0, dtype) as block, self._standing([block, _Interrupter(block)]):
             hook = block.register_forward_hook(lambda module, args, output: outputs.append(output))
-            with suppress(_FirstBlockReached):
+            with suppress(_FirstBlockReached), self._headless():  # a model of one block never reaches the second
                 self.model(input_ids=window, use_cache=False)
             hook.remove()
         return isinstance(outputs[0], tuple)
@@ -148,9 +159,11 @@ class StreamedModel:
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, states: Tensor) -> Tensor:
         """Outputs of a filled block for one batch of hidden states (B, T, D)."""
-        call = self._calls[states.shape[1], states.dtype][index]
-        output = block(states, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self.run_with(block, index, states, {})
+
+    def run_with(self, block: nn.Module, index: int, states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The same with other values for some of the block's parameters; autograd sees them and `states`."""
+        return run_call(block, self._calls[states.shape[1], states.dtype][index], states, parameters)
 
     def advance(self, block: nn.Module, index: int, states: Tensor) -> None:
         """Replace hidden states (S, T, D) by the block's outputs, in place, batch by batch."""
@@ -171,15 +184,15 @@ class StreamedModel:
     def head(self, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states (1, T, D) after the last block to logits (T, V) fp32.
 
-        The parent forward does it, so final norms, projections and soft caps are the model's own.
+        The parent forward does it, so final norms, projections and soft caps are the model's own. Differentiable in
+        states that require a gradient.
         """
         before, after = modules_outside_blocks(self.layout)
         shared = [module for module in before if module.kind != "embedding" or self.layout.tied]
 
-        @torch.no_grad()
         def logits(states: Tensor) -> Tensor:
             recorders = [_Recorder(block, self._returns_tuple, states) for block in self._blocks]
-            with self._standing(recorders):
+            with torch.set_grad_enabled(states.requires_grad), self._standing(recorders):
                 output = self.model(inputs_embeds=torch.zeros_like(states), use_cache=False)
             return output.logits[0].float()
 
@@ -196,8 +209,8 @@ class StreamedModel:
                 module, given = find(self.model, spec.name), self.source(spec, dtype)
                 undo.callback(release, module)
                 fill(module, given.tensors)
-                if given.activations:
-                    undo.callback(quantize_inputs(module, given.activations).remove)
+                if given.attach is not None:
+                    undo.callback(given.attach(module))
             yield
 
     @contextmanager
@@ -225,11 +238,12 @@ class StreamedModel:
             yield
 
 
+def run_call(block: nn.Module, call: BlockCall, states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Outputs of a filled block for hidden states (B, T, D), called as `call` says."""
+    output = functional_call(block, dict(parameters), (states, *call.args), dict(call.kwargs))
+    return output[0] if isinstance(output, tuple) else output
+
+
 def batches(states: Tensor) -> Sequence[Tensor]:
     """Views of hidden states (S, T, D), or of token windows (S, T), each of a size that one forward pass takes."""
     return states.split(max(1, BATCH_TOKENS // states.shape[1]))
-
-
-def quantize_inputs(module: nn.Module, bits: int) -> Any:
-    """Make a linear see its inputs rounded to `bits` per token, as an integer engine would. Returns the hook."""
-    return module.register_forward_pre_hook(lambda module, args: (activation_fake_quant(args[0], bits), *args[1:]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
+from penjing.costs import needs_original
 from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
-from penjing.pipeline.block import BlockCompressor, ModuleResult
+from penjing.pipeline.block import BlockCompressor, Lesson, ModuleResult
 from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
@@ -87,6 +88,7 @@ class Walk:
         self._cache = BlockCache(checkpoint)
         self._stream = StreamedModel(checkpoint.config, plan.layout, self._source, trust_remote_code=trust_remote_code)
         self._written: dict[str, Path] = {}
+        self._original: Tensor | None = None  # hidden states of the dense model, when something looks at them
         self._total = plan.layout.blocks + 2
 
     def run(self) -> WalkResult:
@@ -98,6 +100,8 @@ class Walk:
         probe_tokens = self._probe_tokens()
         probe = self._stream.embed(probe_tokens, torch.float32)
         states = self._calibration_states()
+        if states is not None and needs_original(self.plan.recipe):
+            self._original = states.clone()
         block_errors = []
         for index in range(self.layout.blocks):
             self.progress("compress", index, self.layout.blocks, self.layout.block_name(index))
@@ -147,14 +151,13 @@ class Walk:
                 f"{self.layout.block_name(index)} of the dense model gives NaN or infinite values in fp32: "
                 "its weights are damaged, or too large to compute with"
             )
-        if states is not None and self.plan.recipe.propagate == "original":
-            original = states.clone()
+        if self._original is not None and self.journal.finished(self._path(index + 2).name) is not None:
             with self._stream.block(index, self.dtype) as block:
-                self._stream.advance(block, index, original)
+                self._stream.advance(block, index, self._original)
         self._shard(index + 2, self.layout.of_block(index), partial(self._compress_block, index, states))
         if states is not None and self._are_read_after(index):
-            if self.plan.recipe.propagate == "original":
-                states.copy_(original)
+            if self.plan.recipe.propagate == "original" and self._original is not None:
+                states.copy_(self._original)
             else:
                 with self._stream.block(index, self.dtype) as block:
                     self._stream.advance(block, index, states)
@@ -165,39 +168,62 @@ class Walk:
     def _are_read_after(self, index: int) -> bool:
         """Whether anything looks at the calibration states that leave block `index`: the next block, or the head."""
         _, after = modules_outside_blocks(self.layout)
-        return index + 1 < self.layout.blocks or bool(self._compressor(after, "", ()).needs())
+        head = self._compressor(after, "", ())
+        return index + 1 < self.layout.blocks or bool(head.needs() or head.measured())
 
     def _compress_block(self, index: int, states: Tensor | None, modules: Sequence[ModuleSpec]) -> list[ModuleResult]:
         compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index])
-        if states is None or not compressor.needs():
+        if states is None or not (
+            compressor.needs() or compressor.learns() or compressor.measured() or self._original is not None
+        ):
             return compressor.finish(nn.Module(), {})
         with self._stream.block(index, self.dtype) as block:
-            calls = compressor.observe(
-                block, [partial(self._stream.run, block, index, batch) for batch in batches(states)]
-            )
-            return compressor.finish(block, calls)
+            forwards = [partial(self._stream.run, block, index, batch) for batch in batches(states)]
+            dense = None
+            if self._original is not None and compressor.compares():
+                dense = [partial(self._stream.advance, block, index, batch) for batch in batches(self._original)]
+            calls = compressor.observe(block, forwards if compressor.needs() else [], dense)
+            lesson = None
+            if self._original is not None:
+                if dense is None:
+                    self._stream.advance(block, index, self._original)
+                lesson = Lesson(states, self._original, partial(self._stream.run_with, block, index))
+            return compressor.finish(block, calls, lesson, partial(self._replay, block, index, states))
+
+    def _replay(
+        self, block: nn.Module, index: int, states: Tensor, parameters: Mapping[str, Tensor]
+    ) -> list[Callable[[], object]]:
+        """The forward passes of a block over all batches, with other values for some of its parameters."""
+        given = {name: tensor.to(states.dtype) for name, tensor in parameters.items()}
+        return [partial(self._stream.run_with, block, index, batch, given) for batch in batches(states)]
 
     def _outside(self, modules: Sequence[ModuleSpec], states: Tensor | None = None) -> list[ModuleResult]:
         """Embeddings, final norm and head."""
         compressor = self._compressor(modules, "", ())
         calls: dict[str, list[Call]] = {}
-        if states is not None and compressor.needs():
+        if states is not None and (compressor.needs() or compressor.measured()):
             with self._stream.head(self.dtype) as logits:
-                calls = compressor.observe(
-                    self._stream.model, [partial(logits, window.unsqueeze(0)) for window in states]
-                )
+                forwards = [partial(logits, window.unsqueeze(0)) for window in states]
+                dense = None
+                if self._original is not None and compressor.compares():
+                    dense = [partial(logits, window.unsqueeze(0)) for window in self._original]
+                calls = compressor.observe(self._stream.model, forwards if compressor.needs() else [], dense)
+                compressor.measure(self._stream.model, forwards)
         return compressor.finish(self._stream.model, calls)
 
     def _compressor(self, modules: Sequence[ModuleSpec], prefix: str, groups: Sequence[InputGroup]) -> BlockCompressor:
         rows = [self._rows[module.name] for module in modules]
         return BlockCompressor(self.plan, self._cache.load, rows, prefix, groups)
 
+    def _path(self, number: int) -> Path:
+        return self.directory / f"model-{number:05d}-of-{self._total:05d}.safetensors"
+
     def _shard(
         self, number: int, modules: Sequence[ModuleSpec], make: Callable[[Sequence[ModuleSpec]], list[ModuleResult]]
     ) -> None:
         """Make and write shard `number` unless an earlier run did; from here on the modules are read from it."""
         modules = [module for module in modules if module.tensors]
-        path = self.directory / f"model-{number:05d}-of-{self._total:05d}.safetensors"
+        path = self._path(number)
         if modules and self.journal.finished(path.name) is None:
             results = make(modules)
             tensors = {name: tensor for result in results for name, tensor in result.packed.items()}

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.formats import Format, format_of
+from penjing.formats.base import read_input_scale
 from penjing.models.layout import Layout, ModuleSpec
-from penjing.representations import Scheme
+from penjing.numerics.activations import InputScale
+from penjing.representations import Activations, Representation, Scheme
+from penjing.runtime import RoundInputs, runner_for
 
 
 @dataclass(frozen=True)
 class LiveModule:
-    """What a module needs to run: its parameters, and bits per input value if an integer engine rounds its inputs."""
+    """What a module needs to run.
+
+    tensors  its parameters
+    attach   makes the module that holds them round its inputs, or multiply integers, as an engine does, and returns
+             what undoes that; None where it runs as it is
+    """
 
     tensors: dict[str, Tensor]
-    activations: int | None = None
+    attach: Callable[[nn.Module], Callable[[], object]] | None = None
 
 
 ModuleSource = Callable[[ModuleSpec, torch.dtype], LiveModule]
@@ -33,14 +42,30 @@ def decode_module(
 
     A module without a scheme is stored as plain tensors.
     """
-    tensors = {}
+    tensors, weight = {}, None
     for key, name in zip(module.tensors, module.tensor_names(), strict=True):
         if key == "weight" and scheme is not None:
-            decoded = target.decode(target.unpack(module, scheme, load), dtype)
+            weight = target.unpack(module, scheme, load)
+            decoded = target.decode(weight, dtype)
             tensors[key] = decoded.T.contiguous() if module.transposed else decoded
         else:
             tensors[key] = load(name).to(dtype)
-    return LiveModule(tensors, scheme.activations if scheme else None)
+    how = scheme.activations if scheme else None
+    if scheme is None or how is None:
+        return LiveModule(tensors)
+    static = read_input_scale(module, scheme, load)
+    return LiveModule(tensors, partial(_attach, scheme, how, weight if target.multiplies_integers else None, static))
+
+
+def _attach(
+    scheme: Scheme, how: Activations, weight: Representation | None, static: InputScale | None, module: nn.Module
+) -> Callable[[], object]:
+    """Make `module` compute what an engine does with `weight`, or with the module's own when it is None."""
+    runner = None if weight is None else runner_for(module, scheme, weight, static)
+    if runner is not None:
+        module.__dict__["forward"] = runner.forward
+        return partial(module.__dict__.pop, "forward")
+    return module.register_forward_pre_hook(RoundInputs(how, static)).remove
 
 
 class Weights:

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from penjing.errors import FormatError
-from penjing.formats.base import other_bytes, plain_bytes, plain_weight, read_plain_weight
-from penjing.formats.native.layout import PARTS, decode, from_parts, parts_bytes, to_parts
+from penjing.formats.base import input_bytes, other_bytes, plain_bytes, plain_weight, read_plain_weight
+from penjing.formats.native.layout import (
+    decode,
+    from_parts,
+    part_names,
+    parts_bytes,
+    read_scheme,
+    scheme_entry,
+    to_parts,
+)
 from penjing.formats.targets import find_target, summarise
 from penjing.models.layout import ModuleSpec
-from penjing.numerics.grids import IntegerGrid
-from penjing.representations import Dense, Masked, Quantized, Representation, Scheme
+from penjing.representations import Dense, Masked, Representation, Scheme
 
 VERSION = 1
 """Of the layout; a reader refuses any other."""
@@ -24,6 +31,7 @@ class NativeFormat:
     """Every scheme Penjing knows: any group size, order, sparsity, embeddings, tied heads, Conv1D."""
 
     name = "native"
+    multiplies_integers = True
     summary = "everything Penjing can make, at its exact bit width; transformers loads it after `import penjing`"
 
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:
@@ -43,9 +51,10 @@ class NativeFormat:
     def nbytes(self, module: ModuleSpec, scheme: Scheme, dtype: torch.dtype) -> int:
         """Exact bytes; for unstructured sparsity exact up to the rounding of the number of survivors."""
         if not _is_packed(scheme):
-            return plain_bytes(module, dtype)
-        kept = survivors(module.shape, scheme) if scheme.sparsity else None
-        return other_bytes(module, dtype) + parts_bytes(module.shape, scheme.grid, kept, scheme.ordered, dtype.itemsize)
+            return plain_bytes(module, dtype) + input_bytes(scheme)
+        kept = survivors(module.shape, scheme)
+        packed = parts_bytes(module.shape, scheme, kept, dtype.itemsize)
+        return other_bytes(module, dtype) + packed + input_bytes(scheme)
 
     def pack(self, module: ModuleSpec, scheme: Scheme, weight: Representation, dtype: torch.dtype) -> dict[str, Tensor]:
         """Packed parts by full name, or a plain tensor for a weight to which nothing was done."""
@@ -55,20 +64,18 @@ class NativeFormat:
             return plain_weight(module, weight, dtype)
         if isinstance(weight, Masked) and isinstance(weight.values, Dense):
             weight = Masked(Dense(weight.values.values.to(dtype)), weight.kept)
-        return {f"{module.name}.weight_{part}": tensor for part, tensor in to_parts(weight).items()}
+        return {f"{module.name}.weight_{part}": tensor for part, tensor in to_parts(weight, scheme).items()}
 
     def unpack(self, module: ModuleSpec, scheme: Scheme, load: Callable[[str], Tensor]) -> Representation:
         """The representation back; raises FormatError when the file does not hold what config.json says."""
         if not _is_packed(scheme):
             return Dense(read_plain_weight(module, load))
-        parts = {part: load(f"{module.name}.weight_{part}") for part in _parts_of(scheme)}
-        weight = from_parts(parts, module.name, scheme.grid.scale_rule if scheme.grid else "full")
-        values = weight.values if isinstance(weight, Masked) else weight
-        grid = values.grid if isinstance(values, Quantized) else None
-        if tuple(weight.shape) != module.shape or grid != scheme.grid:
+        parts = {part: load(f"{module.name}.weight_{part}") for part in part_names(scheme)}
+        weight, stored = from_parts(parts, module.name)
+        if tuple(weight.shape) != module.shape or stored != scheme:
             raise FormatError(
-                f"{module.name}: the file holds {tuple(weight.shape)} on {grid}, "
-                f"but config.json says {module.shape} on {scheme.grid}"
+                f"{module.name}: the file holds {tuple(weight.shape)} as {stored}, "
+                f"but config.json says {module.shape} as {scheme}"
             )
         return weight
 
@@ -85,7 +92,9 @@ class NativeFormat:
         if not groups:
             return {}
         everything = [module.name for module in schemes]
-        entries = [{"targets": summarise(names, everything), **_entry(scheme)} for scheme, names in groups.items()]
+        entries = [
+            {"targets": summarise(names, everything), **scheme_entry(scheme)} for scheme, names in groups.items()
+        ]
         return {"quantization_config": {"quant_method": "penjing", "version": VERSION, "schemes": entries}}
 
     def schemes(self, config: dict[str, Any], modules: tuple[ModuleSpec, ...]) -> dict[str, Scheme]:
@@ -125,53 +134,8 @@ def read_schemes(declared: Mapping[str, Any]) -> dict[str, Scheme]:
             f"this checkpoint has version {declared.get('version')} of penjing's native format and this penjing reads "
             f"version {VERSION}; upgrade with `pip install -U penjing`"
         )
-    return {target: _scheme(entry) for entry in declared["schemes"] for target in entry["targets"]}
+    return {target: read_scheme(entry) for entry in declared["schemes"] for target in entry["targets"]}
 
 
 def _is_packed(scheme: Scheme) -> bool:
     return scheme.grid is not None or scheme.sparsity > 0
-
-
-def _parts_of(scheme: Scheme) -> list[str]:
-    present = {
-        "header": True,
-        "codes": scheme.grid is not None,
-        "values": scheme.grid is None,
-        "scale": scheme.grid is not None,
-        "zero_point": scheme.grid is not None and not scheme.grid.symmetric,
-        "group_index": scheme.ordered,
-        "mask": scheme.sparsity > 0,
-    }
-    return [part for part in PARTS if present[part]]
-
-
-def _entry(scheme: Scheme) -> dict[str, Any]:
-    entry: dict[str, Any] = {}
-    if scheme.grid is not None:
-        grid = scheme.grid
-        entry |= {
-            "bits": grid.bits,
-            "group_size": grid.group_size or "channel",
-            "symmetric": grid.symmetric,
-            "scale_rule": grid.scale_rule,
-            "scale_dtype": str(grid.scale_dtype).removeprefix("torch."),
-        }
-    if scheme.sparsity:
-        entry["sparsity"] = scheme.sparsity
-    if scheme.pattern:
-        entry["pattern"] = list(scheme.pattern)
-    if scheme.activations:
-        entry["activations"] = scheme.activations
-    if scheme.ordered:
-        entry["ordered"] = True
-    return entry
-
-
-def _scheme(entry: Mapping[str, Any]) -> Scheme:
-    grid = None
-    if "bits" in entry:
-        size = None if entry["group_size"] == "channel" else entry["group_size"]
-        dtype = getattr(torch, entry["scale_dtype"])
-        grid = IntegerGrid(entry["bits"], size, entry["symmetric"], entry["scale_rule"], dtype)
-    pattern = tuple(entry["pattern"]) if "pattern" in entry else None
-    return Scheme(grid, entry.get("sparsity", 0.0), pattern, entry.get("activations"), entry.get("ordered", False))

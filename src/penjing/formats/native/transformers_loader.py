@@ -1,7 +1,8 @@
 """`from_pretrained` for the native format: packed parts are decoded while the checkpoint is read.
 
-The loaded model is an ordinary dense model in the dtype that was asked for; where a scheme quantises inputs, the
-module gets a pre-hook that does it at run time.
+The loaded model is an ordinary dense model in the dtype that was asked for. Where a scheme quantises inputs, the linear
+becomes one that multiplies the codes (`penjing.runtime`), and is never dense in memory; where that cannot be, it stays
+dense and a pre-hook rounds its inputs.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from penjing.errors import FormatError
+from penjing.formats.base import input_parts
 from penjing.formats.native.format import read_schemes
-from penjing.formats.native.layout import PARTS, decoded
-from penjing.numerics.activations import activation_fake_quant
-from penjing.representations import Scheme
+from penjing.formats.native.layout import ALL_PARTS, decode, from_parts
+from penjing.numerics.activations import InputScale
+from penjing.representations import Representation, Scheme
+from penjing.runtime import RoundInputs, runner_for
 
 NAME = "penjing"
-_SERIALIZED = ["weight", *(f"weight_{part}" for part in PARTS)]
+_SERIALIZED = ["weight", *(f"weight_{part}" for part in ALL_PARTS)]
 
 
 class PenjingConfig(QuantizationConfigMixin):
@@ -44,6 +47,10 @@ class DecodeParts(ConversionOps):
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # transformers hands tensors over as stored when an operation has this
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeParts:
+        """transformers copies the operation for every module; what is put aside must come to the one quantizer."""
+        return DecodeParts(self.hf_quantizer)
+
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
@@ -57,6 +64,13 @@ class DecodeParts(ConversionOps):
             by_weight.setdefault(before + weight, {})[part.removeprefix("_")] = (
                 tensors if isinstance(tensors, list) else [tensors]
             )
+        owner = name.rpartition(".")[0]
+        if owner in self.hf_quantizer.coded and list(by_weight) == ["weight"] and "" not in by_weight["weight"]:
+            coded = _read_all(by_weight["weight"], name)[0]
+            if runner_for(model.get_submodule(owner), self.hf_quantizer.coded[owner], coded) is not None:
+                self.hf_quantizer.kept[owner] = coded
+                device = by_weight["weight"]["header"][0].device
+                return {name: torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)}
         result = {weight: _decode_all(parts, name, parameter.dtype) for weight, parts in by_weight.items()}
         if list(result) != ["weight"]:
             return result
@@ -86,25 +100,26 @@ class PenjingQuantizer(HfQuantizer):
         return {"dequantize": DecodeParts}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self.schemes: dict[str, Scheme] = read_schemes(vars(self.quantization_config))
-        _check_stored(self.schemes, kwargs.get("checkpoint_files") or [])
+        schemes: dict[str, Scheme] = read_schemes(vars(self.quantization_config))
+        _check_stored(schemes, kwargs.get("checkpoint_files") or [])
+        self.coded = _by_live_name(model, schemes)
+        self.kept: dict[str, Representation] = {}
+        for name, scheme in self.coded.items():
+            for part, dtype in input_parts(scheme).items():
+                model.get_submodule(name).register_buffer(part, torch.empty(1, dtype=dtype, device="meta"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # checkpoints of a base model (GPT-2 on the hub) lack its prefix
-        linears = {
-            name.removeprefix(prefix): module
-            for prefix in (f"{model.base_model_prefix}.", "")
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-        for target, scheme in self.schemes.items():
-            if scheme.activations is not None:
-                found = {module for name, module in linears.items() if _matches(target, name)}
-                if not found:
-                    raise FormatError(f"config.json quantises the inputs of {target}, and the model has no such linear")
-                for module in found:
-                    module.register_forward_pre_hook(_QuantiseInput(scheme.activations))
+        for name, scheme in self.coded.items():
+            linear = model.get_submodule(name)
+            parts = [linear.get_buffer(part) for part in input_parts(scheme)]
+            static = InputScale(*parts) if parts else None
+            for part in input_parts(scheme):
+                del linear._buffers[part]
+            if name in self.kept:
+                model.set_submodule(name, _runner(linear, scheme, self.kept.pop(name), static))
+            elif scheme.activations is not None:
+                linear.register_forward_pre_hook(RoundInputs(scheme.activations, static))
         return model
 
     def is_serializable(self) -> bool:
@@ -115,16 +130,6 @@ class PenjingQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """As any dense model."""
         return True
-
-
-class _QuantiseInput:
-    """Forward pre-hook: rounds the input of a linear, one scale per token."""
-
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activation_fake_quant(arguments[0], self.bits), *arguments[1:])
 
 
 def register() -> None:
@@ -138,10 +143,34 @@ def _decode_all(parts: dict[str, list[Tensor]], name: str, dtype: torch.dtype) -
         if len(parts) > 1:
             raise FormatError(f"{name} is stored both plain and packed; the checkpoint is damaged")
         return [tensor.to(dtype) for tensor in parts[""]]
+    return [decode(weight, dtype) for weight in _read_all(parts, name)]
+
+
+def _read_all(parts: dict[str, list[Tensor]], name: str) -> list[Representation]:
     count = len(parts.get("header", []))
     if any(len(tensors) != count for tensors in parts.values()):
         raise FormatError(f"{name}: some packed tensors are missing; the checkpoint is incomplete")
-    return [decoded({part: tensors[i] for part, tensors in parts.items()}, name, dtype) for i in range(count)]
+    return [from_parts({part: tensors[i] for part, tensors in parts.items()}, name)[0] for i in range(count)]
+
+
+def _by_live_name(model: Any, schemes: dict[str, Scheme]) -> dict[str, Scheme]:
+    """The live linears that config.json speaks of. Checkpoints of a base model (GPT-2 on the hub) lack its prefix."""
+    prefix = f"{model.base_model_prefix}."
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    found: dict[str, Scheme] = {}
+    for target, scheme in schemes.items():
+        names = [name for name in linears if _matches(target, name) or _matches(target, name.removeprefix(prefix))]
+        if scheme.activations is not None and not names:
+            raise FormatError(f"config.json quantises the inputs of {target}, and the model has no such linear")
+        found |= dict.fromkeys(names, scheme)
+    return found
+
+
+def _runner(linear: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None) -> nn.Module:
+    made = runner_for(linear, scheme, weight, static)
+    if made is None:
+        raise FormatError(f"{type(linear).__name__} cannot run as {scheme}, though it could before its weight was read")
+    return made
 
 
 def _is_transposed(model: nn.Module, name: str) -> bool:

@@ -30,11 +30,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from penjing.methods.base import BlockInput, Call, GridOptions, GroupSize, LinearInput, Scales
+from penjing.methods.base import BlockInput, Call, GroupSizeOrBlock, LinearInput, Scales
 from penjing.methods.quantization.rtn import rtn
+from penjing.methods.typed_grid import TypedGridOptions
 from penjing.models.layout import InputGroup
 from penjing.numerics.clipping import clip_limits
-from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.float_grids import ScaledGrid
 from penjing.numerics.modules import is_linear, weight_of
 from penjing.representations import Masked, Quantized
 from penjing.statistics import MeanAbs, TokenSample
@@ -42,7 +43,7 @@ from penjing.statistics import MeanAbs, TokenSample
 Scaling = Literal["activation", "duo"]
 
 
-class AWQOptions(GridOptions):
+class AWQOptions(TypedGridOptions):
     """Recipe keys of AWQ."""
 
     symmetric: bool = Field(False, description="no zero point; AWQ is published with one")
@@ -56,9 +57,9 @@ class AWQOptions(GridOptions):
 
     @field_validator("group_size")
     @classmethod
-    def _per_row(cls, value: GroupSize) -> GroupSize:
-        if value == "tensor":
-            raise ValueError("awq searches row by row; use a number or `channel`, not `tensor`")
+    def _per_row(cls, value: GroupSizeOrBlock) -> GroupSizeOrBlock:
+        if value in ("tensor", "block"):
+            raise ValueError(f"awq searches row by row; use a number or `channel`, not `{value}`")
         return value
 
 
@@ -82,7 +83,7 @@ def awq(
     linears: Sequence[nn.Module],
     inside: nn.Module,
     calls: Sequence[Call],
-    grid: IntegerGrid,
+    grid: ScaledGrid,
     *,
     steps: int = 20,
     scaling: Scaling = "activation",
@@ -130,7 +131,7 @@ def _output(module: nn.Module, call: Call) -> Tensor:
     return (result[0] if isinstance(result, tuple) else result).float()
 
 
-def _relative_level(weights: Sequence[Tensor], grid: IntegerGrid) -> Tensor:
+def _relative_level(weights: Sequence[Tensor], grid: ScaledGrid) -> Tensor:
     """Mean over all rows of |w| relative to the largest of its group: (K,)."""
     stacked = torch.cat(list(weights)).abs()
     rows, columns = stacked.shape

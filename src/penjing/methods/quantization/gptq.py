@@ -15,39 +15,48 @@ Worked example. W = [[0.6, 0.8]], H = [[2, 1], [1, 1]] (undamped), natural order
 
 Rounding to nearest gives [[1, 1]] with loss 0.52.
 
+With `asymmetric`, the output to keep is that of the dense model, W X' with X' the inputs it would have had, and not W X
+with the inputs X that compressed blocks left. That is another weight to start from; the sweep goes on as above:
+
+    ||Q X - W X'||^2 = ||(Q - W*) X||^2 + constant        W* = W + W C H^-1        C = (X' - X) X^T
+
 The defaults, most active inputs first and groups fitted beforehand, keep groups contiguous, so that no group index is
 stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the five combinations tried. `group-activation`
 also keeps groups contiguous when they are fitted during the sweep (the idea of GPTQModel's group-aware reordering).
 
 Differences from the authors' code, on purpose: a scale fitted during the sweep sees the weights as they are when the
 sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
-before codes are computed.
+before codes are computed. GPTAQ adds a column's share of W C H^-1 when the sweep reaches it, and only to the columns
+after it; here all of it counts from the start, which is the least-squares solution.
 
-Source: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1.
+Sources: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1. Li et al. 2025, "GPTAQ"
+(arXiv:2504.02692), asymmetric calibration.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from penjing.methods.base import GridOptions, LinearInput
-from penjing.methods.results import quantized, with_mask
-from penjing.numerics.cholesky import dead_columns, inverse_factor
-from penjing.numerics.grids import IntegerGrid
+from penjing.methods.base import LinearInput
+from penjing.methods.results import fitted, quantized, with_mask
+from penjing.methods.typed_grid import SearchedGridOptions
+from penjing.numerics.cholesky import STRONGEST_DAMPING, dead_columns, inverse_factor
+from penjing.numerics.float_grids import ScaledGrid
+from penjing.numerics.scale_search import ScaleSearch, fit_group, metric_of_sweep, part_of
 from penjing.numerics.sweep import block_bounds, sweep
 from penjing.representations import Masked, Quantized, Scheme
-from penjing.statistics import Gram
+from penjing.statistics import CrossGram, Gram
 
 Order = Literal["natural", "activation", "group-activation"]
 
 
-class GPTQOptions(GridOptions):
+class GPTQOptions(SearchedGridOptions):
     """Recipe keys of GPTQ."""
 
     block_size: int = Field(128, ge=1, description="columns whose updates are batched; changes speed, not the result")
@@ -63,6 +72,18 @@ class GPTQOptions(GridOptions):
         "(with order `activation` that needs a stored group index)",
     )
 
+    asymmetric: bool = Field(
+        False, description="keep the outputs of the dense model, whose inputs differ from those compressed blocks leave"
+    )
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if not self.static_groups and isinstance(self.group_size, int) and not self.fits_group_by_group:
+            raise ValueError(
+                "scales of type nvfp4 and double-quantised scales are coded together; they need `static_groups: true`"
+            )
+        return self
+
     def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
         """Adds the grid, and whether groups hold scattered inputs so that a group index must be stored."""
         scattered = self.order == "activation" and not self.static_groups and isinstance(self.group_size, int)
@@ -72,15 +93,20 @@ class GPTQOptions(GridOptions):
 def gptq(
     weight: Tensor,
     gram: Tensor,
-    grid: IntegerGrid,
+    grid: ScaledGrid,
     *,
     block_size: int = 128,
     damping: float = 0.01,
     order: Order = "activation",
     static_groups: bool = True,
     kept: Tensor | None = None,
+    scale_search: ScaleSearch = "none",
+    cross: Tensor | None = None,
 ) -> Quantized | Masked:
     """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
+
+    With `cross` (K, K), the sum of outer products of what they lack to those of the dense model with themselves (row i:
+    input i lacks), the outputs of the dense model are aimed at. `scale_search`: see `metric_of_sweep`.
 
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
     that were never active get zero weights. With order `activation` and groups fitted during the sweep, the result
@@ -88,9 +114,12 @@ def gptq(
     """
     rows, columns = weight.shape
     width = grid.columns_per_group(columns)
-    weight = weight.float().masked_fill(dead_columns(gram), 0)
     visited = visiting_order(gram.diagonal(), width, order)
-    factor, _ = inverse_factor(gram[visited][:, visited], damping)
+    factor, damping = inverse_factor(gram[visited][:, visited], damping)
+    if cross is not None and damping <= STRONGEST_DAMPING:
+        weight = towards_dense(weight, cross, factor, visited)
+    weight = weight.float().masked_fill(dead_columns(gram), 0)
+    metric = metric_of_sweep(gram, factor, visited, scale_search)
     fit_in_sweep = not static_groups and isinstance(grid.group_size, int)
     scattered = fit_in_sweep and order == "activation"
     group_of = (torch.arange(columns) if scattered else visited) // width
@@ -98,8 +127,9 @@ def gptq(
 
     current = weight[:, visited].T.contiguous()
     mask = None if kept is None else kept[:, visited].T.contiguous()
-    scale, zero = (part.T.contiguous() for part in grid.fit_rows(weight if kept is None else weight * kept))
-    codes = torch.empty(columns, rows, dtype=torch.int8)
+    fit = fitted(weight if kept is None else weight * kept, grid, None if fit_in_sweep else metric)
+    scale, zero = fit.scale.T.contiguous(), fit.zero.T.contiguous()
+    codes = torch.empty(columns, rows, dtype=grid.code_dtype)
     groups, places = group_of.tolist(), visited.tolist()
 
     def round_column(position: int, column: Tensor) -> Tensor:
@@ -107,7 +137,7 @@ def gptq(
         if position in ends:
             members = slice(position, ends[position])
             visible = current[members] if mask is None else current[members] * mask[members]
-            scale[group], zero[group] = grid.fit(visible.T)
+            scale[group], zero[group] = fit_group(visible.T, grid, part_of(metric, visited[members]))
         if mask is not None:
             column = column * mask[position]
         code = grid.encode(column, scale[group], zero[group])
@@ -116,7 +146,19 @@ def gptq(
 
     sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
     index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
-    return with_mask(quantized(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid, index), kept)
+    scale, zero = scale.T.contiguous(), zero.T.contiguous()
+    return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes), kept)
+
+
+def towards_dense(weight: Tensor, cross: Tensor, factor: Tensor, visited: Tensor) -> Tensor:
+    """W + W C H^-1, the weight (N, K) whose outputs are closest to those of the dense model.
+
+    cross    C, (K, K)
+    factor   U with H^-1 = U^T U, for columns in the order `visited`
+    """
+    moved = weight.float().clone()
+    moved[:, visited] += (weight.float() @ cross[:, visited]) @ factor.T @ factor
+    return moved
 
 
 def visiting_order(activity: Tensor, width: int, order: Order) -> Tensor:
@@ -152,4 +194,6 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         order=options.order,
         static_groups=options.static_groups,
         kept=given.kept,
+        scale_search=options.scale_search,
+        cross=given.statistics[CrossGram].value if options.asymmetric else None,
     )

@@ -1,7 +1,7 @@
 """Round to nearest: every weight goes to the closest point of its group's grid. The baseline of all others.
 
 No calibration, no interaction between weights: for each group fit scale `s` and zero point `z` (see
-`penjing.numerics.grids` for the rules), then
+`penjing.numerics.grids` for the rules, `penjing.numerics.float_grids` for what is not uniform), then
 
     q = clamp(round(w / s) + z, low, high)        w_hat = s (q - z)        |w - w_hat| <= s / 2 inside the range
 
@@ -19,26 +19,39 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from penjing.methods.base import GridOptions, LinearInput
-from penjing.methods.results import quantized, with_mask
-from penjing.numerics.grids import IntegerGrid
+from penjing.methods.base import LinearInput
+from penjing.methods.results import fitted, quantized, with_mask
+from penjing.methods.typed_grid import SearchedGridOptions
+from penjing.numerics.float_grids import ScaledGrid
 from penjing.representations import Masked, Quantized
+from penjing.statistics import ColumnNorm, Gram, StatisticType
 
 
-def rtn(weight: Tensor, grid: IntegerGrid, *, kept: Tensor | None = None) -> Quantized | Masked:
+def rtn(
+    weight: Tensor, grid: ScaledGrid, *, kept: Tensor | None = None, metric: Tensor | None = None
+) -> Quantized | Masked:
     """Round `weight` (N, K), finite, to `grid`; weights outside `kept` (bool (N, K)) become exactly zero.
+
+    With a `metric`, (K,) or (K, K), scales are searched for the least error it gives (see `numerics.scale_search`).
 
     Scales are fitted on the surviving weights only. Zero is a point of every grid, so masking loses nothing.
     """
     weight = weight.float()
     if kept is not None:
         weight = weight * kept
-    scale, zero = grid.fit_rows(weight)
+    scale, zero, scale_codes = fitted(weight, grid, metric)
     columns = weight.shape[1]
     codes = grid.encode(weight, grid.spread(scale, columns), grid.spread(zero, columns))
-    return with_mask(quantized(codes, scale, zero, grid), kept)
+    return with_mask(quantized(codes, scale, zero, grid, scale_codes=scale_codes), kept)
 
 
-def linear(given: LinearInput, options: GridOptions) -> Quantized | Masked:
+def linear(given: LinearInput, options: SearchedGridOptions) -> Quantized | Masked:
     """Round one linear, or the stacked rows of several."""
-    return rtn(given.weight, options.grid(given.storage_dtype), kept=given.kept)
+    wanted = needs(options)
+    metric = given.statistics[wanted[0]].value if wanted else None
+    return rtn(given.weight, options.grid(given.storage_dtype), kept=given.kept, metric=metric)
+
+
+def needs(options: SearchedGridOptions) -> tuple[StatisticType, ...]:
+    """Nothing, unless scales are searched."""
+    return {"none": (), "diagonal": (ColumnNorm,), "gram": (Gram,)}[options.scale_search]

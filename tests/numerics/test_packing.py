@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penjing.formats import packing
-from penjing.formats.packing import pack_bits, packed_bytes, unpack_bits
+from penjing.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
 def naive(codes: list[int], bits: int) -> bytes:

@@ -1,0 +1,104 @@
+"""What a recipe asks of the machine: calibration text, memory, arithmetic. Nothing here reads a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penjing import statistics
+from penjing.models.layout import Layout, ModuleSpec
+from penjing.recipe import Recipe, Step
+
+BATCH_TOKENS = 2048
+"""Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether any step looks at activations."""
+    return any(
+        step.definition.select
+        or step.definition.learn
+        or step.definition.tune
+        or step.definition.needs(step.options)
+        or has_static_inputs(step)
+        for step in recipe.steps
+    )
+
+
+def has_static_inputs(step: Step) -> bool:
+    """Whether inputs are rounded with a scale that calibration finds."""
+    return step.activations is not None and not step.activations.dynamic
+
+
+def needs_original(recipe: Recipe) -> bool:
+    """Whether hidden states of the dense model are kept beside those of the compressed one."""
+    return recipe.propagate == "original" or any(
+        step.definition.learn or compares(step) for step in recipe.steps if step.definition.select is None
+    )
+
+
+def compares(step: Step) -> bool:
+    """Whether the step looks at the inputs of the dense model beside those of the compressed one."""
+    return any(statistics.compares(kind) for kind in step.definition.needs(step.options))
+
+
+def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """What is in memory at the worst moment, in bytes, with fp32 arithmetic (bf16 takes half of most)."""
+    blocks = [layout.of_block(index) for index in range(layout.blocks)]
+    block = 4 * max(sum(module.parameters for module in modules) for modules in blocks)
+    outside = 4 * max((module.parameters for module in layout.modules if module.block is None), default=0)
+    states = {}
+    inside = {"a block: as read, as run, as packed": 3 * block}
+    if needs_text(recipe):
+        tokens = recipe.calibration.samples * recipe.calibration.length
+        widths = sorted({module.shape[1] for modules in blocks for module in modules if module.kind == "linear"})
+        if not recipe.calibration.spill:
+            streams = 2 if needs_original(recipe) else 1
+            states = {"hidden states of the calibration windows": streams * 4 * tokens * layout.embedding.shape[1]}
+        if any(has_static_inputs(step) for step in recipe.steps):
+            inside["a block as packed, decoded to measure inputs"] = block
+        grams = 2 if any(compares(step) for step in recipe.steps) else 1
+        inside["Gram matrices"] = grams * 4 * sum(width * width for width in widths)
+        inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
+        inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
+        if any(step.definition.learn for step in recipe.steps):
+            inside["activations kept for a gradient, and what is trained"] = (
+                16 * BATCH_TOKENS * widths[-1] * 4 + 4 * block
+            )
+    if any(step.definition.rewrite for step in recipe.steps):
+        largest = max(module.parameters for modules in blocks for module in modules)
+        states["a matrix that is rewritten, in fp64"] = 3 * 8 * largest
+    moments = [{"embedding or head": outside, **states}, {**inside, **states}]
+    if any(step.definition.tune for step in recipe.steps):
+        moments.append(_training(recipe, layout, block, outside))
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _training(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
+    """While the finished model is trained: all of it in memory as codes, one block of it decoded."""
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    width = layout.embedding.shape[1]
+    return {
+        "the model as codes": sum(module.parameters for module in layout.modules if module.block is not None),
+        "a block: decoded, its gradients": 3 * block,
+        "heads of the dense and the finished model": 2 * outside,
+        "hidden states of the calibration windows": 2 * 4 * tokens * width,
+        "block inputs of a window, and a block's activations": 4
+        * recipe.calibration.length
+        * (width * layout.blocks + 16 * max(module.shape[1] for module in layout.modules if module.kind == "linear")),
+        "logits": 6 * 4 * 256 * layout.embedding.shape[0],
+    }
+
+
+def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]]]) -> float:
+    """Floating-point operations of forward passes, Gram matrices and training; the rest is small beside them.
+
+    modules  every module of the model with the numbers of the recipe's steps that apply to it
+    """
+    if not needs_text(recipe):
+        return 0.0
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    linears = [(module, steps) for module, steps in modules if module.kind == "linear"]
+    forward = 2.0 * sum(module.parameters for module, _ in linears)
+    widths = [module.shape[1] for module, steps in linears if steps]
+    passes = sum(step.definition.passes(step.options, recipe.calibration.samples) for step in recipe.steps)
+    return tokens * ((2 + passes) * forward + sum(width * width for width in widths) / 2)

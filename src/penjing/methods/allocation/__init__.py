@@ -1,0 +1,1 @@
+"""Who gets how much: one choice for every unit of a model under a budget of bytes."""

@@ -1,0 +1,125 @@
+"""Recipe keys of methods that round to any grid with scales: integers, or floats and quantiles of 4 or 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from penjing.methods.base import GridKeys
+from penjing.numerics.float_grids import Element, FloatGrid, ScaledGrid, ScaleKind
+from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.scale_codes import ScaleRounding
+from penjing.numerics.scale_search import ScaleSearch
+from penjing.representations import Scheme
+
+NumberType = Literal["int", "nf4", "fp4", "fp8-e4m3", "fp8-e5m2", "mxfp4", "mxfp8", "nvfp4"]
+
+TILE_ROWS = 128
+"""Outputs, and inputs, of a block with `group_size: block` (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
+
+
+class _Float(NamedTuple):
+    """What a type fixes, and the group size it has unless a recipe says otherwise."""
+
+    bits: int
+    element: Element
+    scale: ScaleKind
+    group_size: int | Literal["channel"]
+
+
+_FLOATS: dict[str, _Float] = {
+    "nf4": _Float(4, "nf4", "plain", 64),
+    "fp4": _Float(4, "fp4", "plain", 64),
+    "fp8-e4m3": _Float(8, "e4m3", "plain", "channel"),
+    "fp8-e5m2": _Float(8, "e5m2", "plain", "channel"),
+    "mxfp4": _Float(4, "e2m1", "e8m0", 32),
+    "mxfp8": _Float(8, "e4m3", "e8m0", 32),
+    "nvfp4": _Float(4, "e2m1", "e4m3", 16),
+}
+
+
+class TypedGridOptions(GridKeys):
+    """Recipe keys of the grid: an integer grid, or with `type` one of the float grids, which fix the other keys."""
+
+    type: NumberType = Field(
+        "int",
+        description="what a code stands for: an integer, a quantile (nf4), a 4-bit float as in bitsandbytes (fp4), "
+        "an 8-bit float, or a float in groups with a coded scale (mxfp4, mxfp8, nvfp4)",
+    )
+    double_quant: bool = Field(False, description="nf4 and fp4: quantise the scales once more, to 8 bits (QLoRA)")
+    scale_rounding: ScaleRounding = Field(
+        "round",
+        description="mxfp4 and mxfp8: how the power of two of a group is chosen; `floor`: OCP, `round`: "
+        "compressed-tensors, `ceil`: nothing is cut",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, keys: Any) -> Any:
+        """Set what the type fixes; refuse a key that says otherwise."""
+        kind = _FLOATS.get(str(keys.get("type"))) if isinstance(keys, dict) else None
+        if kind is None:
+            return keys
+        fixed = {"bits": kind.bits, "symmetric": True, "scale_rule": "full"}
+        fixed |= {"group_size": kind.group_size} if kind.scale != "plain" else {}
+        for key, value in fixed.items():
+            if keys.get(key, value) != value:
+                raise ValueError(f"type {keys['type']} fixes `{key}: {value}`; drop the key")
+        return {"group_size": kind.group_size, **keys, **fixed}
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        if self.double_quant and (self.type not in ("nf4", "fp4") or self.group_size == "tensor"):
+            raise ValueError("`double_quant` quantises the scales of groups or rows of type nf4 or fp4")
+        if self.scale_rounding != "round" and self.type not in ("mxfp4", "mxfp8"):
+            raise ValueError(f"`scale_rounding` chooses a power of two; scales of type {self.type} are none")
+        if self.group_size == "block" and not self.type.startswith("fp8"):
+            raise ValueError(f"`group_size: block` ({TILE_ROWS} x {TILE_ROWS}) goes with type fp8-e4m3 or fp8-e5m2")
+        return self
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether every row is rounded by itself. NVFP4 counts: its one shared number may well be that of a stack, and
+        engines that merge q, k and v want it so."""
+        return self.group_size not in ("tensor", "block") and not self.double_quant
+
+    @property
+    def fits_group_by_group(self) -> bool:
+        """Whether the scale of a group follows from that group alone."""
+        return self.row_wise and self.type != "nvfp4"
+
+    def grid(self, scale_dtype: torch.dtype) -> ScaledGrid:
+        """The grid these keys describe; plain scales of integers and FP8 are stored in `scale_dtype`."""
+        size = None if self.group_size == "channel" else self.group_size
+        kind = _FLOATS.get(self.type)
+        if size == "block":
+            return FloatGrid(_FLOATS[self.type].element, TILE_ROWS, "plain", scale_dtype, tile_rows=TILE_ROWS)
+        if kind is None:
+            return IntegerGrid(self.bits, size, self.symmetric, self.scale_rule, scale_dtype)
+        if self.type.startswith("fp8"):
+            return FloatGrid(kind.element, size, "plain", scale_dtype)
+        return FloatGrid(
+            kind.element, size, "nested" if self.double_quant else kind.scale, rounding=self.scale_rounding
+        )
+
+    def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
+        return replace(before, grid=self.grid(storage_dtype))
+
+
+class SearchedGridOptions(TypedGridOptions):
+    """The same for methods that can look for better scales than a rule gives."""
+
+    scale_search: ScaleSearch = Field(
+        "none",
+        description="type int: search scale and zero point of each group for the least error, weighed by the mean "
+        "squares of the inputs (diagonal) or by their Gram matrix; a scale may become negative",
+    )
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.scale_search != "none" and self.type != "int":
+            raise ValueError(f"`scale_search` looks for scales of integers; type {self.type} has its own")
+        return self

@@ -1,0 +1,171 @@
+"""Bits for every linear under a budget of bytes: which choices there are, what they cost, the recipe that comes out.
+
+The outcome is an ordinary recipe whose steps name their targets. Linears that engines merge (q, k, v; gate, up) and the
+experts of a block share a choice. Everything that can be refused is refused before a weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import PlanError
+from penjing.methods.allocation.knapsack import knapsack
+from penjing.models.layout import Layout
+from penjing.numerics.precision import compute_dtype
+from penjing.pipeline.menu import Choice, Menu
+from penjing.pipeline.rewritten import RewrittenCheckpoint
+from penjing.pipeline.sensitivity import Question, Sensitivity, SensitivityWalk
+from penjing.pipeline.text import TextSource
+from penjing.planning import Plan, make_plan
+from penjing.recipe import Recipe
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def read_bytes(size: int | str) -> int:
+    """A number of bytes from words such as "80MB", "1.5 GiB" or "80000000". Raises PlanError for an unknown unit."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    if match is None:
+        raise PlanError(f"a budget of {size!r} is no size; write a number and a unit, such as 80MB")
+    if match[2].upper() not in _UNITS:
+        raise PlanError(
+            f"unknown unit {match[2]!r} in the budget {size!r}; known: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+MEANINGS: Mapping[Sensitivity, str] = {
+    "output": "change of each linear's output over the output, squared, summed over linears",
+    "gradient": "KL to the dense model in nats per token, expected from gradients, summed over linears",
+    "kl": "KL to the dense model in nats per token, measured one unit at a time, summed",
+}
+"""What the loss counts, by estimate."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One unit: what it got, and what the other choices would have cost. All lists run over the choices."""
+
+    modules: tuple[str, ...]
+    parameters: int
+    chosen: int
+    bytes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The recipe that spends a budget best, and what led to it.
+
+    recipe   ordinary, ready for `compress`
+    plan     what it will do; `plan.bytes` is at most `budget`
+    by       how losses were estimated: nats per token for `gradient` and `kl`, a ratio for `output`
+    uniform  whether the format and the budget allow a choice everywhere: its bytes, by choice
+    """
+
+    recipe: Recipe
+    plan: Plan
+    budget: int
+    by: Sensitivity
+    choices: tuple[Choice, ...]
+    shares: tuple[Share, ...]
+    uniform: tuple[int, ...]
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the linears that were allocated, with scales and all else that is stored for them."""
+        return (
+            8 * sum(share.bytes[share.chosen] for share in self.shares) / sum(share.parameters for share in self.shares)
+        )
+
+    @property
+    def loss(self) -> float:
+        """Predicted: the sum of the losses of all units."""
+        return sum(share.losses[share.chosen] for share in self.shares)
+
+    def uniform_loss(self, choice: int) -> float:
+        """Predicted for one choice everywhere."""
+        return sum(share.losses[choice] for share in self.shares)
+
+    def recipe_text(self) -> str:
+        """The recipe in YAML."""
+        return yaml.safe_dump(self.recipe.as_dict(), sort_keys=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = [str(choice) for choice in self.choices]
+        return {
+            "model": self.plan.label,
+            "format": self.recipe.format,
+            "by": self.by,
+            "loss_meaning": MEANINGS[self.by],
+            "choices": names,
+            "budget": self.budget,
+            "predicted_bytes": self.plan.bytes,
+            "bits_per_weight": self.bits,
+            "predicted_loss": self.loss,
+            "uniform": [
+                {"choice": name, "bytes": size, "loss": self.uniform_loss(number), "fits": size <= self.budget}
+                for number, (name, size) in enumerate(zip(names, self.uniform, strict=True))
+            ],
+            "units": [
+                {
+                    "modules": list(share.modules),
+                    "choice": names[share.chosen],
+                    "bytes": share.bytes[share.chosen],
+                    "losses": dict(zip(names, share.losses, strict=True)),
+                }
+                for share in self.shares
+            ],
+            "recipe": self.recipe.as_dict(),
+        }
+
+
+def allocate(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    recipe: Recipe,
+    *,
+    budget: int | str | None,
+    bits: float | None,
+    choices: Sequence[Choice],
+    by: Sensitivity,
+    progress: Callable[[str, int, int, str], None],
+    trust_remote_code: bool = False,
+) -> Allocation:
+    """Measure, solve, and write the recipe. Raises PlanError before anything is measured when no answer is possible."""
+    menu = Menu.open(checkpoint, layout, recipe, choices)
+    limit = menu.limit(None if budget is None else read_bytes(budget), bits)
+    tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
+    rewriting = menu.whole.rewriting
+    walk = SensitivityWalk(
+        checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate"),
+        menu.layout,
+        Question(menu.units, menu.plans, by, menu.nearest(limit)),
+        tokens,
+        dtype=compute_dtype(),
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    losses = walk.run()
+    chosen = knapsack(menu.sizes, losses, limit - menu.fixed)
+    final = menu.assemble(chosen)
+    if final is None:
+        raise PlanError(f"every linear fits in {limit:,} bytes as it is; there is nothing to do")
+    bits_per_weight = 8 * sum(sizes[option] for sizes, option in zip(menu.sizes, chosen, strict=True)) / menu.weights
+    final = final.model_copy(update={"summary": f"{bits_per_weight:.3f} bits per weight, allocated by {by} loss"})
+    shares = [
+        Share(unit, sum(menu.layout.by_name[name].parameters for name in unit), option, sizes, tuple(costs))
+        for unit, option, sizes, costs in zip(menu.units, chosen, menu.sizes, losses, strict=True)
+    ]
+    plan = make_plan(checkpoint, layout, final)
+    return Allocation(final, plan, limit, by, tuple(choices), tuple(shares), tuple(menu.totals))

@@ -1,0 +1,253 @@
+"""What may become of each unit of a model, and what it weighs: a plan per choice, recipes from mixtures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import PlanError, RecipeError
+from penjing.models.layout import Layout, ModuleSpec
+from penjing.pipeline.patterns import patterns
+from penjing.planning import Plan, make_plan, selected
+from penjing.recipe import Recipe, Step, load_recipe
+from penjing.representations import Scheme
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may become of a unit: `bits` None keeps it dense; `group_size` None keeps the recipe's."""
+
+    bits: int | None
+    group_size: int | None = None
+
+    def __str__(self) -> str:
+        if self.bits is None:
+            return "dense"
+        return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
+
+
+def read_choices(text: str) -> tuple[Choice, ...]:
+    """Choices from words such as "2,3,4g32,8,dense". Raises PlanError naming the word that is none."""
+    choices: dict[Choice, None] = {}
+    for word in (word.strip() for word in text.split(",")):
+        match = re.fullmatch(r"(\d+)(?:g(\d+))?", word)
+        if match is None and word != "dense":
+            raise PlanError(f"choice {word!r} is neither bits (3), nor bits and a group size (3g64), nor `dense`")
+        choice = Choice(int(match[1]), int(match[2]) if match[2] else None) if match else Choice(None)
+        choices[choice] = None
+    return tuple(choices)
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Units and choices of a model.
+
+    whole    the plan of the recipe as it is
+    units    linears of the decoder blocks by full name; those that must share a choice together
+    varied   numbers of the recipe's steps whose bits are to be chosen
+    plans    per choice, the model with that choice in every unit; None: everything stays as it is
+    sizes    bytes by unit and choice
+    fixed    bytes of everything outside the units
+    """
+
+    whole: Plan
+    choices: tuple[Choice, ...]
+    varied: tuple[int, ...]
+    units: tuple[tuple[str, ...], ...]
+    plans: tuple[Plan | None, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    fixed: int
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, layout: Layout, recipe: Recipe, choices: Sequence[Choice]) -> Menu:
+        """Plan every choice.
+
+        Raises PlanError for a recipe without bits to choose, for fewer than two choices, and for a choice or a mixture
+        of choices that the format cannot hold.
+        """
+        if len(choices) < 2:
+            raise PlanError("there is nothing to choose: give two or more choices, such as 2,3,4,6,8")
+        whole = make_plan(checkpoint, layout, recipe)
+        if whole.drop:
+            raise PlanError(
+                "a recipe that removes blocks cannot be allocated; remove them in a run of their own, first"
+            )
+        inside = whole.layout
+        varied = tuple(number for number, step in enumerate(recipe.steps) if _has_bits(step, number, inside))
+        if not varied:
+            raise PlanError("no step of the recipe has `bits` to choose for linears of the blocks; use rtn or gptq")
+        names = [name for number in varied for name in _in_blocks(recipe.steps[number], number, inside)]
+        least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0)
+        plans = []
+        for choice in choices:
+            wanted = least._assemble(dict.fromkeys(names, choice))
+            plans.append(None if wanted is None else make_plan(checkpoint, layout, wanted))
+        rows = [{row.module.name: row for row in (plan or whole).rows} for plan in plans]
+        units = _units(inside, names, whole, [_schemes(plan) for plan in plans])
+        sizes = tuple(
+            tuple(
+                sum(by_name[name].source_bytes if plan is None else by_name[name].bytes for name in unit)
+                for plan, by_name in zip(plans, rows, strict=True)
+            )
+            for unit in units
+        )
+        fixed = whole.bytes - sum(row.bytes for row in whole.rows if row.module.name in set(names))
+        return cls(whole, tuple(choices), varied, units, tuple(plans), sizes, fixed)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the model that is walked."""
+        return self.whole.layout
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the bits it came with."""
+        return self.whole.recipe
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Bytes of the whole model with one choice everywhere."""
+        return tuple(self.fixed + sum(sizes) for sizes in zip(*self.sizes, strict=True))
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the units."""
+        return sum(self.layout.by_name[name].parameters for unit in self.units for name in unit)
+
+    def nearest(self, limit: int) -> int:
+        """The largest choice that fits everywhere within `limit` bytes; the smallest of all if none does."""
+        totals = self.totals
+        fitting = [choice for choice, size in enumerate(totals) if size <= limit]
+        return max(fitting, key=totals.__getitem__) if fitting else totals.index(min(totals))
+
+    def limit(self, budget: int | None, bits: float | None) -> int:
+        """The budget in bytes of the whole model. Raises PlanError when no mixture of choices fits.
+
+        bits  per weight of the units, with everything stored for them
+        """
+        if (budget is None) == (bits is None):
+            raise PlanError("give the budget either in bytes (of the whole model) or in bits (per weight allocated)")
+        limit = self.fixed + int(self.weights * bits / 8) if bits is not None else budget or 0
+        least = self.fixed + sum(map(min, self.sizes))
+        if least > limit:
+            raise PlanError(
+                f"a budget of {limit:,} bytes is too small: with the smallest choices everywhere the model takes "
+                f"{least:,} bytes ({8 * (least - self.fixed) / self.weights:.3f} bits per weight of the linears); "
+                f"{self.fixed:,} of them are not up for choice (embeddings, norms and the like)"
+            )
+        return limit
+
+    def assemble(self, chosen: Sequence[int]) -> Recipe | None:
+        """The recipe that gives every unit its choice; None when it has nothing left to do."""
+        return self._assemble(
+            {name: self.choices[option] for unit, option in zip(self.units, chosen, strict=True) for name in unit}
+        )
+
+    def _assemble(self, assignment: Mapping[str, Choice]) -> Recipe | None:
+        steps: list[dict[str, Any]] = []
+        for number, step in enumerate(self.recipe.steps):
+            if number not in self.varied:
+                steps.append(step.as_dict())
+                continue
+            names = selected(step, number, self.layout)
+            outside = [name for name in names if name not in assignment]
+            if outside:
+                steps.append(step.as_dict() | {"targets": outside, "ignore": []})
+            for choice in self.choices:
+                members = [name for name in names if assignment.get(name) == choice]
+                if members and choice.bits is not None:
+                    steps.append(self._step(step, choice, members))
+        if not steps:
+            return None
+        try:
+            return load_recipe(self.recipe.as_dict() | {"steps": steps})
+        except RecipeError as error:
+            raise PlanError(f"a choice does not suit the recipe: {error}") from error
+
+    def _step(self, step: Step, choice: Choice, names: Sequence[str]) -> dict[str, Any]:
+        keys = step.as_dict() | {"bits": choice.bits}
+        if choice.group_size is not None:
+            if "group_size" not in keys:
+                raise PlanError(f"choice {choice}: method {step.method} has no `group_size`")
+            keys["group_size"] = choice.group_size
+        chosen = set(names)
+        others = [
+            module.name
+            for module in self.layout.modules
+            if module.name not in chosen
+            and (module.kind in ("linear", "embedding", "head") or module.name in (self.layout.never or {}))
+        ]
+        return keys | {"targets": patterns(names, others), "ignore": []}
+
+
+def _has_bits(step: Step, number: int, layout: Layout) -> bool:
+    if step.definition.select or getattr(step.options, "bits", None) is None:
+        return False
+    if not _in_blocks(step, number, layout):
+        return False
+    if step.definition.linear is None:
+        raise PlanError(
+            f"step {number + 1} ({step.method}) learns whole blocks, so the loss of one linear cannot be measured; "
+            "allocate with gptq in its place and change the method in the recipe that comes out"
+        )
+    return True
+
+
+def _in_blocks(step: Step, number: int, layout: Layout) -> list[str]:
+    return [name for name in selected(step, number, layout) if layout.by_name[name].block is not None]
+
+
+def _schemes(plan: Plan | None) -> dict[str, Scheme]:
+    return {} if plan is None else {row.module.name: row.scheme for row in plan.rows}
+
+
+def _units(
+    layout: Layout, names: Sequence[str], plan: Plan, schemes: Sequence[Mapping[str, Scheme]]
+) -> tuple[tuple[str, ...], ...]:
+    """Linears that share a choice: fused ones, experts of one kind; all experts where the format wants it so."""
+    conflicts: list[str] = []
+    for experts_together in (False, True):
+        units = _gather(layout, names, experts_together)
+        conflicts = _conflicts(layout, units, plan, schemes)
+        if not conflicts:
+            return units
+    raise PlanError(f"format {plan.format.name} cannot hold a mixture of these choices: {'; '.join(conflicts)}")
+
+
+def _gather(layout: Layout, names: Sequence[str], experts_together: bool) -> tuple[tuple[str, ...], ...]:
+    key: dict[str, str] = {}
+    for index, groups in enumerate(layout.groups):
+        for group in groups:
+            full = [f"{layout.block_name(index)}.{linear}" for linear in group.linears]
+            key |= dict.fromkeys(full, full[0]) if group.fused else {}
+    units: dict[str, list[str]] = {}
+    for name in names:
+        leader = key.get(name, name)
+        before, expert, after = leader.partition(".experts.")
+        if expert:
+            leader = "experts" if experts_together else f"{before}.experts.{after.partition('.')[2]}"
+        units.setdefault(leader, []).append(name)
+    return tuple(map(tuple, units.values()))
+
+
+def _conflicts(
+    layout: Layout, units: Sequence[Sequence[str]], plan: Plan, schemes: Sequence[Mapping[str, Scheme]]
+) -> list[str]:
+    """What the format says to mixtures: every pair of choices, each for every other unit."""
+    modules: list[ModuleSpec] = [module for module in layout.modules if "weight" in module.tensors]
+    rest = {row.module.name: row.scheme for row in plan.rows}
+    owner = {name: number for number, unit in enumerate(units) for name in unit}
+    for pair in permutations(schemes, 2):
+        mixed = {
+            module: pair[owner[module.name] % 2].get(module.name, Scheme())
+            if module.name in owner
+            else rest[module.name]
+            for module in modules
+        }
+        if problems := plan.format.conflicts(mixed):
+            return problems
+    return []

@@ -1,0 +1,167 @@
+"""Training a finished model as a whole: its logits against the dense model's, its shards written anew.
+
+The model is held in compact form, codes and dense tensors, and decoded block by block in the forward pass and again in
+the backward pass, so that the memory for activations is that of one block. New shards are written beside the old ones
+and replace them only when all are there: a killed run finds the old model or the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from penjing.methods.base import ModelTask, Tuned
+from penjing.models import find
+from penjing.models.layout import ModuleSpec
+from penjing.pipeline.journal import Journal
+from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.walk import Progress
+from penjing.pipeline.weights import LiveModule, decode_module
+from penjing.planning import Plan
+from penjing.representations import Representation
+
+HEAD_TOKENS = 256
+"""Tokens whose logits are in memory at once."""
+
+Given = Callable[[str], Tensor | None]
+"""Another value for a parameter, by its full name; None for the model's own."""
+
+
+class FinishedModel:
+    """The written shards of a run as a model that can be trained.
+
+    teacher  the dense model, all its blocks and before any rewriting
+    tokens   calibration windows (S, T)
+    dtype    of the arithmetic
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: Mapping[str, Any],
+        teacher: StreamedModel,
+        directory: Path,
+        journal: Journal,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.plan, self.layout = plan, plan.layout
+        self._directory, self._dtype = directory, dtype
+        self._rows = {row.module.name: row for row in plan.rows}
+        notes = {name: entry["notes"] for name, entry in journal.shards.items()}
+        self._shard_of = {tensor: name for name, note in notes.items() for tensor in note["tensors"]}
+        self._dense = teacher
+        self._written = StreamedModel(config, plan.layout, self._live, trust_remote_code=trust_remote_code)
+        self._targets = teacher.forward(tokens, dtype)
+        self._inputs = self._written.embed(tokens, dtype)
+        inside = [module for module in plan.layout.modules if module.block is not None]
+        self.weights = {module.name: self._unpack(module) for module in inside if self._is_coded(module)}
+        self.frozen = {
+            name: self._load(name)
+            for module in inside
+            for key, name in zip(module.tensors, module.tensor_names(), strict=True)
+            if not (key == "weight" and module.name in self.weights)
+        }
+
+    def _is_coded(self, module: ModuleSpec) -> bool:
+        return self._rows[module.name].scheme.grid is not None
+
+    def _load(self, name: str) -> Tensor:
+        with safe_open(self._directory / self._shard_of[name], "pt") as shard:
+            return shard.get_tensor(name)
+
+    def _unpack(self, module: ModuleSpec) -> Representation:
+        row = self._rows[module.name]
+        return self.plan.format_of(row).unpack(module, row.scheme, self._load)
+
+    def _live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
+        scheme = self._rows[module.name].scheme
+        return decode_module(module, None if scheme.dense else scheme, self.plan.format, self._load, dtype)
+
+    def task(self, names: Sequence[str]) -> ModelTask:
+        """What a method that trains gets to see when it may change the linears in `names`."""
+        norms = [module for module in self.layout.modules if module.kind == "norm" and module.block is not None]
+        return ModelTask(
+            weights={name: self.weights[name] for name in names},
+            norms={f"{norm.name}.weight": self.frozen[f"{norm.name}.weight"].float() for norm in norms},
+            windows=len(self._inputs),
+            loss=self.loss,
+        )
+
+    def loss(self, batch: Sequence[int], given: Given) -> float:
+        """KL(dense || model) in nats per token over some windows; gradients go to the leaves behind `given`."""
+        total = 0.0
+        with ExitStack() as stack:
+            heads = [stack.enter_context(model.head(self._dtype)) for model in (self._dense, self._written)]
+            for window in batch:
+                states = self._inputs[window : window + 1].detach().requires_grad_()
+                for index in range(self.layout.blocks):
+                    states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
+                leaf = states.detach().requires_grad_()
+                tokens = len(batch) * states.shape[1]
+                wanted = self._targets[window : window + 1]
+                for piece, target in zip(leaf.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
+                    loss = divergence(heads[0](target), heads[1](piece)) / tokens
+                    loss.backward()
+                    total += loss.item()
+                states.backward(leaf.grad)
+        return total
+
+    def _block(self, index: int, given: Given, states: Tensor) -> Tensor:
+        prefix = f"{self.layout.block_name(index)}."
+        parameters = {}
+        for module in self.layout.of_block(index):
+            for key, name in zip(module.tensors, module.tensor_names(), strict=True):
+                coded = key == "weight" and module.name in self.weights
+                value = given(module.name if coded else name)
+                if value is None:
+                    value = self.weights[module.name].dense() if coded else self.frozen[name]
+                if coded and module.transposed:
+                    value = value.T
+                parameters[f"{module.name.removeprefix(prefix)}.{key}"] = value.to(states.dtype)
+        block = find(self._written.model, self.layout.block_name(index))
+        return self._written.run_with(block, index, states, parameters)
+
+    def replaced(self, tuned: Tuned) -> dict[str, dict[str, Tensor]]:
+        """The shards that `tuned` changes, by file name."""
+        changed: dict[str, Tensor] = {name: value.to(self.frozen[name].dtype) for name, value in tuned.norms.items()}
+        for name, weight in tuned.weights.items():
+            row = self._rows[name]
+            changed |= self.plan.format_of(row).pack(row.module, row.scheme, weight, self.plan.dtype)
+        shards: dict[str, dict[str, Tensor]] = {}
+        for shard in {self._shard_of[name] for name in changed}:
+            old = load_file(self._directory / shard)
+            shards[shard] = {name: changed.get(name, tensor) for name, tensor in old.items()}
+        return shards
+
+
+def divergence(dense: Tensor, model: Tensor) -> Tensor:
+    """Sum over tokens of KL(softmax(dense) || softmax(model)) for logits (T, V)."""
+    wanted = dense.log_softmax(-1)
+    return (wanted.exp() * (wanted - model.log_softmax(-1))).sum()
+
+
+def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:
+    """Run the recipe's steps that train the finished model, except those that an earlier run already did."""
+    for number, step in enumerate(model.plan.recipe.steps):
+        train = step.definition.tune
+        if train is None or journal.is_tuned(number):
+            continue
+        names = [row.module.name for row in model.plan.rows if number in row.steps]
+        steps = getattr(step.options, "iterations", 1)
+
+        def report(done: int, loss: float, name: str = step.method, steps: int = steps) -> None:
+            progress(name, done + 1, steps, f"KL {loss:.4f}")
+
+        journal.replace(number, model.replaced(train(model.task(names), step.options, report)))

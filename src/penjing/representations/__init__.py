@@ -1,0 +1,34 @@
+"""What a weight becomes. Every representation answers the same questions:
+
+dense()             the matrix it stands for, (N, K): N outputs, K inputs, as in `torch.nn.Linear`
+nbytes()            the information it needs on disk when codes are packed to their bit width (a format may need
+                    more and says so)
+rows(start, stop)   the same for some of the outputs
+"""
+
+from __future__ import annotations
+
+from penjing.numerics.activations import Activations
+from penjing.representations.bilevel import Bilevel
+from penjing.representations.binary_coded import BinaryCoded
+from penjing.representations.dense import Dense, Masked
+from penjing.representations.patched import Columns, Outliers, Patched
+from penjing.representations.quantized import Coded, Quantized
+from penjing.representations.scheme import Scheme
+
+Representation = Dense | Masked | Coded | Patched
+
+__all__ = [
+    "Activations",
+    "Bilevel",
+    "BinaryCoded",
+    "Coded",
+    "Columns",
+    "Dense",
+    "Masked",
+    "Outliers",
+    "Patched",
+    "Quantized",
+    "Representation",
+    "Scheme",
+]

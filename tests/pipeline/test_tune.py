@@ -1,0 +1,125 @@
+"""Training the finished model: the loss falls, codes stay, a kill leaves the old model or the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from penjing import api
+from penjing.errors import PlanError
+from penjing.pipeline import journal
+from penjing.pipeline.tune import divergence
+from runs import compress, recipe, shards, texts
+
+GPTQ = {"method": "gptq", "bits": 2, "group_size": 16}
+TRAIN = {"method": "e2e-qp", "iterations": 12, "batch_size": 2, "learning_rate": 1e-2}
+
+
+class Killed(BaseException):
+    """Stands in for the signal."""
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> dict[str, Any]:
+    return texts(tmp_path / "texts")
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_the_loss_falls_and_codes_stay(tiny_model: Callable[..., Path], short, tmp_path, family):
+    model, losses = tiny_model(family), []
+
+    def hear(stage: str, done: int, total: int, detail: str) -> None:
+        if stage == "e2e-qp":
+            losses.append(float(detail.removeprefix("KL ")))
+
+    rounded = compress(model, recipe(short, GPTQ, format="native"), tmp_path / "rounded")
+    trained = compress(model, recipe(short, GPTQ, TRAIN, format="native"), tmp_path / "trained", progress=hear)
+    assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
+    before, after = tensors(tmp_path / "rounded"), tensors(tmp_path / "trained")
+    assert before.keys() == after.keys() and trained.bytes == rounded.bytes
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("weight_codes"))
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight_scale"))
+
+
+def test_a_stranger_loads_the_trained_model(tiny_model, short, tmp_path):
+    steps = ({"method": "shortgpt", "drop": 1}, {"method": "wanda", "sparsity": 0.25}, GPTQ, TRAIN)
+    report = compress(tiny_model("llama"), recipe(short, *steps), tmp_path / "out", engine=True)
+    assert report.verification["how"] == "transformers"
+    assert api.verify(tmp_path / "out").positions > 0
+
+
+@pytest.mark.parametrize(
+    "moment", ["before a new shard", "after a new shard", "before the journal", "after the journal"]
+)
+def test_killed_while_shards_are_replaced(tiny_model, short, tmp_path, monkeypatch, moment):
+    model, wanted = tiny_model("llama"), recipe(short, GPTQ, TRAIN)
+    compress(model, wanted, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _kill(patch, moment)
+        with pytest.raises(Killed):
+            compress(model, wanted, tmp_path / "killed")
+    compress(model, wanted, tmp_path / "killed")
+    assert shards(tmp_path / "killed") == shards(tmp_path / "whole")
+    assert not list((tmp_path / "killed" / journal.FOLDER).glob("model-*"))
+
+
+def _kill(patch: pytest.MonkeyPatch, moment: str) -> None:
+    write, place = journal.write_shard, journal.Journal._put_in_place
+
+    def writing(path: Path, given: Any) -> None:
+        if moment == "after a new shard":
+            write(path, given)
+        if "new shard" in moment:
+            raise Killed
+        write(path, given)
+
+    def saving(self: journal.Journal) -> None:
+        raise Killed
+
+    def placing(self: journal.Journal) -> None:
+        if self._pending and moment == "after the journal":
+            first = self._pending[0]
+            (self.directory / journal.FOLDER / first).replace(self.directory / first)
+            raise Killed
+        place(self)
+
+    patch.setattr(journal, "write_shard", writing)
+    patch.setattr(journal.Journal, "_put_in_place", placing)
+    if moment == "before the journal":
+        replace = journal.Journal.replace
+
+        def replacing(self: journal.Journal, *arguments: Any) -> None:
+            patch.setattr(journal.Journal, "save", saving)
+            replace(self, *arguments)
+
+        patch.setattr(journal.Journal, "replace", replacing)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ((TRAIN,), "after the"),
+        (({**GPTQ, "bits": 8, "group_size": "channel", "activations": {"bits": 8}}, TRAIN), "without `activations`"),
+        (({**GPTQ, "targets": ["*.mlp.*"]}, {**TRAIN, "targets": ["linear"]}), "target only"),
+        ((GPTQ, TRAIN, {"method": "magnitude", "sparsity": 0.5}), "move that step to the end"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_work(tiny_model, short, tmp_path, steps, reason):
+    with pytest.raises(PlanError, match=reason):
+        compress(tiny_model("llama"), recipe(short, *steps, format="native"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_that_of_the_definition():
+    dense, model = torch.randn(3, 7), torch.randn(3, 7)
+    p, q = dense.double().softmax(-1), model.double().softmax(-1)
+    assert divergence(dense, model).item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
