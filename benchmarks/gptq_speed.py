@@ -3,6 +3,8 @@
     python benchmarks/gptq_speed.py --calibration wiki.valid.raw --evaluation wiki.test.raw \\
         --peer-python PEER/bin/python --work build/gptq_speed --output benchmarks/results/gptq_speed.json
 
+What was run stays in the working directory with its cost (`costs.json`), so that an interrupted benchmark goes on.
+
 The peer lives in an environment of its own (`pip install torch==2.13.0 llmcompressor==0.14.0`). Time is wall clock
 from start of the process to the files on disk; memory is the peak of the process above one that only imports torch and
 transformers. Both results are then measured by the same code.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +54,13 @@ def main() -> None:
     )
     save_file({"tokens": calibration.tokens}, options.work / "tokens.safetensors")
 
-    runs = {"penjing": ours(dense, options)}
-    for dtype in options.peer_dtypes:
-        runs[f"llmcompressor {dtype}"] = peer(dense, dtype, options)
+    jobs = {"penjing": partial(ours, dense, options)}
+    jobs |= {f"llmcompressor {dtype}": partial(peer, dense, dtype, options) for dtype in options.peer_dtypes}
+    costs = options.work / "costs.json"
+    runs: dict[str, Any] = json.loads(costs.read_text()) if costs.is_file() else {}
+    for name in [name for name in jobs if name not in runs]:
+        runs[name] = jobs[name]()
+        write_bytes(costs, json.dumps(runs).encode())
     models = [str(dense), *(entry["directory"] for entry in runs.values())]
     measured = api.compare(models, data=options.evaluation, windows=options.windows)
     for entry, quality in zip(runs.values(), measured[1:], strict=True):

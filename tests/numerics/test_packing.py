@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penjing.formats import packing
+from penjing.numerics import packing
 from penjing.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
