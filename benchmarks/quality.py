@@ -29,16 +29,17 @@ from penjing.recipe import Calibration
 
 HERE = Path(__file__).parent
 
-TRAINING = {"method": "e2e-qp", "batch_size": 4}
 
-
-def ours(bits: int) -> dict[str, list[dict[str, Any]]]:
+def ours(bits: int, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Name -> steps of each recipe that is compared."""
     grid = {"bits": bits, "group_size": 64, "scale_rule": "signed-max"}
     return {
         "rtn": [{"method": "rtn", **grid}],
-        "gptq": [{"method": "gptq", **grid}],
-        "gptq, e2e-qp": [{"method": "gptq", **grid}, {**TRAINING, "iterations": 48}],
+        "gptq": [{"method": "gptq", **grid, "scale_search": "diagonal"}],
+        "gptq, e2e-qp": [
+            {"method": "gptq", **grid, "scale_search": "diagonal"},
+            {"method": "e2e-qp", "batch_size": 4, "iterations": options.training},
+        ],
     }
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--evaluation-length", type=int, default=2048)
+    parser.add_argument("--training", type=int, default=48, help="iterations of e2e-qp")
     parser.add_argument("--iterations", type=int, nargs="*", default=[50, 200], help="of AutoRound")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,10 @@ def main() -> None:
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
     for bits in options.bits:
-        jobs = {f"penjing {name}, {bits} bits": (own, (dense, steps, options)) for name, steps in ours(bits).items()}
+        jobs = {
+            f"penjing {name}, {bits} bits": (own, (dense, steps, options))
+            for name, steps in ours(bits, options).items()
+        }
         if options.peer_python:
             jobs[f"llmcompressor GPTQ, {bits} bits"] = (
                 peer,
