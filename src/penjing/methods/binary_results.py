@@ -1,4 +1,4 @@
-"""From fits of binary coding, and from codes on integer grids, to a binary-coded matrix in the types that are stored."""
+"""From fits of binary coding, and from codes on integer grids, to a binary-coded matrix in the types stored."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def from_integer(weight: Quantized) -> BinaryCoded:
         s (code - z) = sum_i (s 2^i / 2) (2 u_i - 1)  -  s (z + 1/2)
 
     A negative scale (rule `signed-max`) has its signs turned around, as alpha is positive. ValueError when groups are
-    not consecutive.
+    not consecutive, or the grid is not of integers.
     """
-    if weight.group_index is not None:
-        raise ValueError("groups of scattered inputs cannot be binary-coded")
+    if weight.group_index is not None or not isinstance(weight.grid, IntegerGrid):
+        raise ValueError("only integer codes in groups of consecutive inputs can be binary-coded")
     bits, scale = weight.grid.bits, weight.scale.float()
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
     grid = coded_grid(weight.grid)

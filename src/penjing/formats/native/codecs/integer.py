@@ -2,8 +2,8 @@
 
     weight_codes        uint8: codes + 2**(bits-1) of the kept weights in row order, one bit stream (see `packing`)
     weight_scale        (N, G), or (1,) for one scale per matrix
-    weight_zero_point   uint8: zero points + 2**(bits-1) as a bit stream; of kind `float`: stored like scales; absent when
-                        symmetric
+    weight_zero_point   uint8: zero points + 2**(bits-1) as a bit stream; of kind `float`: stored like scales; absent
+                        when symmetric
     weight_group_index  int32 (K,): group of each column; absent when groups are consecutive
 
 The last group of a row may be shorter.
