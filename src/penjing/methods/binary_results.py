@@ -54,7 +54,7 @@ def from_integer(weight: Quantized) -> BinaryCoded:
     not consecutive, or the grid is not of integers.
     """
     if weight.group_index is not None or not isinstance(weight.grid, IntegerGrid):
-        raise ValueError("only integer codes in groups of consecutive inputs can be binary-coded")
+        raise ValueError("codes in groups of scattered inputs, or on no integer grid, cannot be binary-coded")
     bits, scale = weight.grid.bits, weight.scale.float()
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
     grid = coded_grid(weight.grid)
