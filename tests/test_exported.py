@@ -9,8 +9,8 @@ import penjing
 
 EXPORTED = [
     "FORMATS",
-    "KVCache",
     "METHODS",
+    "KVCache",
     "PenjingError",
     "QuantizedCache",
     "Recipe",

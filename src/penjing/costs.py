@@ -56,7 +56,7 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
             states = {"hidden states of the calibration windows": streams * 4 * tokens * layout.embedding.shape[1]}
         if any(has_static_inputs(step) for step in recipe.steps):
             inside["a block as packed, decoded to measure inputs"] = block
-        grams = 2 if any(compares(step) for step in recipe.steps) else 1
+        grams = 3 if any(compares(step) for step in recipe.steps) else 1
         inside["Gram matrices"] = grams * 4 * sum(width * width for width in widths)
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
         inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]

@@ -68,14 +68,15 @@ class Gram:
 
 
 class CrossGram:
-    """What the inputs lost against what they are: `value` = (X' - X)^T X, fp32 (K, K), over T tokens.
+    """What the inputs lost, against what they are: `value` is (X' - X)^T X of two halves of the tokens, fp32 (2, K, K).
 
-    X are the inputs (T, K) in the compressed model, X' those of the same tokens in the dense one; zero where the two
-    agree. Row i belongs to the difference of input i. Fed by `compare`; GPTAQ's asymmetric calibration needs it.
+    X are the inputs in the compressed model, X' those of the same tokens in the dense one; zero where the two agree.
+    Row i belongs to the difference of input i. Two halves, because what is chance in one does not repeat in the other.
+    Fed by `compare`; GPTAQ's asymmetric calibration needs it.
     """
 
     def __init__(self, columns: int) -> None:
-        self.value = torch.zeros(columns, columns)
+        self.value = torch.zeros(2, columns, columns)
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
@@ -85,7 +86,8 @@ class CrossGram:
     def compare(self, inputs: Tensor, dense: Tensor) -> None:
         """Take in the same tokens in the compressed and in the dense model, both (T, K)."""
         self.tokens += inputs.shape[0]
-        self.value += ((dense - inputs).T @ inputs).float()
+        for half, (seen, meant) in enumerate(zip(inputs.tensor_split(2), dense.tensor_split(2), strict=True)):
+            self.value[half] += ((meant - seen).T @ seen).float()
 
     def rescale(self, scale: Tensor) -> None:
         self.value = self.value / (scale.float().unsqueeze(1) * scale.float())

@@ -20,14 +20,15 @@ with the inputs X that compressed blocks left. That is another weight to start f
 
     ||Q X - W X'||^2 = ||(Q - W*) X||^2 + constant        W* = W + W C H^-1        C = (X' - X) X^T
 
+Of that step, the part is taken that the calibration tokens support (see `penjing.numerics.asymmetric`).
+
 The defaults, most active inputs first and groups fitted beforehand, keep groups contiguous, so that no group index is
 stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the five combinations tried. `group-activation`
 also keeps groups contiguous when they are fitted during the sweep (the idea of GPTQModel's group-aware reordering).
 
 Differences from the authors' code, on purpose: a scale fitted during the sweep sees the weights as they are when the
 sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
-before codes are computed. GPTAQ adds a column's share of W C H^-1 when the sweep reaches it, and only to the columns
-after it; here all of it counts from the start, which is the least-squares solution.
+before codes are computed.
 
 Sources: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1. Li et al. 2025, "GPTAQ"
 (arXiv:2504.02692), asymmetric calibration.
@@ -46,6 +47,7 @@ from torch import Tensor
 from penjing.methods.base import LinearInput
 from penjing.methods.results import fitted, quantized, with_mask
 from penjing.methods.typed_grid import SearchedGridOptions
+from penjing.numerics.asymmetric import towards_dense
 from penjing.numerics.cholesky import STRONGEST_DAMPING, dead_columns, inverse_factor
 from penjing.numerics.float_grids import ScaledGrid
 from penjing.numerics.scale_search import ScaleSearch, fit_group, metric_of_sweep, part_of
@@ -105,8 +107,8 @@ def gptq(
 ) -> Quantized | Masked:
     """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
 
-    With `cross` (K, K), the sum of outer products of what they lack to those of the dense model with themselves (row i:
-    input i lacks), the outputs of the dense model are aimed at. `scale_search`: see `metric_of_sweep`.
+    With `cross` (2, K, K), the value of `CrossGram`, the outputs of the dense model are aimed at. For `scale_search`
+    see `metric_of_sweep`.
 
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
     that were never active get zero weights. With order `activation` and groups fitted during the sweep, the result
@@ -148,17 +150,6 @@ def gptq(
     index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
     return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes), kept)
-
-
-def towards_dense(weight: Tensor, cross: Tensor, factor: Tensor, visited: Tensor) -> Tensor:
-    """W + W C H^-1, the weight (N, K) whose outputs are closest to those of the dense model.
-
-    cross    C, (K, K)
-    factor   U with H^-1 = U^T U, for columns in the order `visited`
-    """
-    moved = weight.float().clone()
-    moved[:, visited] += (weight.float() @ cross[:, visited]) @ factor.T @ factor
-    return moved
 
 
 def visiting_order(activity: Tensor, width: int, order: Order) -> Tensor:
