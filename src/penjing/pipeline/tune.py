@@ -42,6 +42,8 @@ class FinishedModel:
     teacher  the dense model, all its blocks and before any rewriting
     tokens   calibration windows (S, T)
     dtype    of the arithmetic
+
+    Losses are computed inside a `with` block, in which both heads are in memory.
     """
 
     def __init__(
@@ -74,6 +76,14 @@ class FinishedModel:
             if not (key == "weight" and module.name in self.weights)
         }
 
+    def __enter__(self) -> FinishedModel:
+        self._stack = ExitStack()
+        self._heads = [self._stack.enter_context(model.head(self._dtype)) for model in (self._dense, self._written)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
     def _is_coded(self, module: ModuleSpec) -> bool:
         return self._rows[module.name].scheme.grid is not None
 
@@ -102,20 +112,19 @@ class FinishedModel:
     def loss(self, batch: Sequence[int], given: Given) -> float:
         """KL(dense || model) in nats per token over some windows; gradients go to the leaves behind `given`."""
         total = 0.0
-        with ExitStack() as stack:
-            heads = [stack.enter_context(model.head(self._dtype)) for model in (self._dense, self._written)]
-            for window in batch:
-                states = self._inputs[window : window + 1].detach().requires_grad_()
-                for index in range(self.layout.blocks):
-                    states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
-                leaf = states.detach().requires_grad_()
-                tokens = len(batch) * states.shape[1]
-                wanted = self._targets[window : window + 1]
-                for piece, target in zip(leaf.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
-                    loss = divergence(heads[0](target), heads[1](piece)) / tokens
-                    loss.backward()
-                    total += loss.item()
-                states.backward(leaf.grad)
+        dense_head, head = self._heads
+        for window in batch:
+            states = self._inputs[window : window + 1].detach().requires_grad_()
+            for index in range(self.layout.blocks):
+                states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
+            leaf = states.detach().requires_grad_()
+            tokens = len(batch) * states.shape[1]
+            wanted = self._targets[window : window + 1]
+            for piece, target in zip(leaf.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
+                loss = divergence(dense_head(target), head(piece)) / tokens
+                loss.backward()
+                total += loss.item()
+            states.backward(leaf.grad)
         return total
 
     def _block(self, index: int, given: Given, states: Tensor) -> Tensor:
@@ -164,4 +173,6 @@ def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:
         def report(done: int, loss: float, name: str = step.method, steps: int = steps) -> None:
             progress(name, done + 1, steps, f"KL {loss:.4f}")
 
-        journal.replace(number, model.replaced(train(model.task(names), step.options, report)))
+        with model:
+            tuned = train(model.task(names), step.options, report)
+        journal.replace(number, model.replaced(tuned))
