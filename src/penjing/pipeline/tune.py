@@ -96,8 +96,7 @@ class FinishedModel:
         return self.plan.format_of(row).unpack(module, row.scheme, self._load)
 
     def _live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
-        scheme = self._rows[module.name].scheme
-        return decode_module(module, None if scheme.dense else scheme, self.plan.format, self._load, dtype)
+        return decode_module(module, self._rows[module.name].scheme, self.plan.format, self._load, dtype)
 
     def task(self, names: Sequence[str]) -> ModelTask:
         """What a method that trains gets to see when it may change the linears in `names`."""

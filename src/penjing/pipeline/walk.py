@@ -260,9 +260,8 @@ class Walk:
         return self._from_shard(path, self._rows[module.name], dtype)
 
     def _from_shard(self, path: Path, row: PlanRow, dtype: torch.dtype) -> LiveModule:
-        scheme = None if row.scheme.dense else row.scheme
         with safe_open(path, "pt") as shard:
-            return decode_module(row.module, scheme, self.plan.format, shard.get_tensor, dtype)
+            return decode_module(row.module, row.scheme, self.plan.format, shard.get_tensor, dtype)
 
 
 def _require_space(directory: Path, needed: int) -> None:

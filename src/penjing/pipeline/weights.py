@@ -40,8 +40,9 @@ def decode_module(
 ) -> LiveModule:
     """A module from its stored tensors, in `dtype` and in the orientation of the live module.
 
-    A module without a scheme is stored as plain tensors.
+    A module without a scheme, or to which nothing was done, is stored as plain tensors.
     """
+    scheme = None if scheme is None or scheme.dense else scheme
     tensors, weight = {}, None
     for key, name in zip(module.tensors, module.tensor_names(), strict=True):
         if key == "weight" and scheme is not None:

@@ -12,14 +12,13 @@ A is zero there, and the column is multiplied as it is by the decoded weights.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from penjing.numerics.activations import Activations, InputScale, in_dtype
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Masked, Quantized, Representation, Scheme
+from penjing.runtime.coded_linear import CodedLinear
 
 EXACT_COLUMNS = 1024
 """Products of 8-bit codes that fp32 adds up exactly, in any order: 2**10 * 2**7 * 2**7 = 2**24."""
@@ -28,7 +27,7 @@ _CUDA_ROWS = 17
 """Fewest rows that the kernel behind `torch._int_mm` takes on CUDA."""
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(CodedLinear):
     """A linear of int8 codes (N, K) with one scale per output; inputs are rounded by `how`.
 
     codes       int8 (N, K)
@@ -94,12 +93,6 @@ class Int8Linear(nn.Module):
             return self.how.fit_dynamic(x)
         zero = None if self.how.symmetric else self.get_buffer("input_zero_point")
         return in_dtype(InputScale(self.get_buffer("input_scale"), zero), x.dtype)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A model of these is saved as the dense model it stands for."""
-        destination[f"{prefix}weight"] = self.weight
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

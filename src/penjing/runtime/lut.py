@@ -20,6 +20,7 @@ from torch.nn.functional import linear, pad
 from penjing.numerics.activations import InputScale
 from penjing.numerics.packing import pack_bits
 from penjing.representations import BinaryCoded, Representation, Scheme
+from penjing.runtime.coded_linear import CodedLinear
 from penjing.runtime.compiled import kernel
 
 BLOCK = 16
@@ -90,7 +91,7 @@ class _Ready:
             torch.mm(x, values[:, : stop - start], out=y[:, start:stop])
 
 
-class LUTLinear(nn.Module):
+class LUTLinear(CodedLinear):
     """A linear with `weight` (N, K) as packed bit planes; not trainable.
 
     weight      binary-coded
@@ -151,12 +152,6 @@ class LUTLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses, which mean nothing in a copy."""
         return self.__dict__ | {"_ready": None}
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A model of these is saved as the dense model it stands for."""
-        destination[f"{prefix}weight"] = self.weight
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
