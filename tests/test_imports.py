@@ -20,6 +20,7 @@ ORDER = [
     "pipeline",
     "evaluation",
     "planning",
+    "targets",
     "costs",
     "recipe",
     "transformers_hook",

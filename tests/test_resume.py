@@ -165,17 +165,18 @@ def test_killed_before_the_first_note(left, tiny_model, short, tmp_path) -> None
 
 
 def test_killed_between_the_walk_and_the_report(tiny_model, short, tmp_path, monkeypatch) -> None:
-    from penjing.pipeline import job
+    from penjing.pipeline import job, stages
 
     model, wanted = tiny_model("llama"), recipe(short, *AWQ)
     compress(model, wanted, tmp_path / "whole", evaluated=False)
-    for stage in ("write_index", "save_probe", "verify", "model_card"):
+    moments = {"write_index": stages, "save_probe": stages, "verify": job, "model_card": job}
+    for stage, module in moments.items():
 
         def stop(*_: object, **__: object) -> None:
             raise Killed
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(job, stage, stop)
+            patch.setattr(module, stage, stop)
             compress(model, wanted, tmp_path / stage, evaluated=False)
         compress(model, wanted, tmp_path / stage, evaluated=False)
         assert shards(tmp_path / stage) == shards(tmp_path / "whole")

@@ -16,6 +16,7 @@ def needs_text(recipe: Recipe) -> bool:
     """Whether any step looks at activations."""
     return any(
         step.definition.select
+        or step.definition.remake
         or step.definition.learn
         or step.definition.tune
         or step.definition.needs(step.options)

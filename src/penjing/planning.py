@@ -5,7 +5,6 @@ Nothing here reads a weight. Every reason to refuse a job is found here, before 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,17 +16,19 @@ from penjing.costs import compares, operations, peak_memory
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.methods.base import Rewriting
-from penjing.models.layout import Layout, ModuleKind, ModuleSpec
+from penjing.models import layout_of
+from penjing.models.layout import Layout, ModuleSpec
+from penjing.models.shorter import shortened
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.precision import compute_dtype, matmul_rate
-from penjing.recipe import Recipe, Step, did_you_mean
+from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
+from penjing.targets import selected
 
-TARGET_GROUPS: Mapping[str, ModuleKind] = {"linear": "linear", "embedding": "embedding", "lm_head": "head"}
-"""Names that a recipe may use in `targets` and `ignore` besides module names and globs, and the kind each stands for.
+DENSE = Scheme()
 
-`linear` is every linear of the decoder blocks.
-"""
+Given = dict[str, Scheme]
+"""What a walk finds pruned already, by the module's name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class PlanRow:
     """One module: what happens to it and what it will weigh.
 
     steps         numbers (from 0) of the recipe's steps that apply
+    given         what the weight was before them: pruned, or dense
     source_bytes  its tensors as they would be written untouched in the storage dtype
     bytes         its tensors as they will be written
     note          why it stays dense although a step asked for it; empty otherwise
@@ -46,17 +48,19 @@ class PlanRow:
     source_bytes: int
     bytes: int
     note: str = ""
+    given: Scheme = DENSE
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved job. `rows` speak of the model before blocks are removed.
+    """The resolved job, or one walk of it. `rows` speak of the model before blocks are removed.
 
     layout     of the model that is walked, which is the rewritten one when the recipe rewrites it
-    memory     what is in memory at the worst moment, in bytes, by part
+    memory     what is in memory at the worst moment of the walk, in bytes, by part
     seconds    forward passes and statistics at the speed of matrix products measured on this machine; what the methods
                themselves do, verification and evaluation come on top
     rewriting  the tensors that another model of the same function has instead; None when the recipe asks for none
+    before     the plan of the walk over the model that this one's model is made from; None for the first
     """
 
     label: str
@@ -69,6 +73,12 @@ class Plan:
     memory: Mapping[str, int]
     seconds: float
     rewriting: Rewriting | None = None
+    before: Plan | None = None
+
+    @property
+    def walks(self) -> tuple[Plan, ...]:
+        """The plans of all walks, in order; the last is this one."""
+        return (*(self.before.walks if self.before else ()), self)
 
     @property
     def format(self) -> Format:
@@ -80,8 +90,8 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the dense model in the storage dtype."""
-        return sum(row.source_bytes for row in self.rows)
+        """Bytes of the original dense model in the storage dtype."""
+        return sum(row.source_bytes for row in self.walks[0].rows)
 
     @property
     def bytes(self) -> int:
@@ -92,8 +102,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Predicted peak in bytes, above what importing torch and transformers takes."""
-        return sum(self.memory.values())
+        """Predicted peak in bytes of all walks, above what importing torch and transformers takes."""
+        return max(sum(walk.memory.values()) for walk in self.walks)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the totals and one entry per module."""
@@ -103,11 +113,15 @@ class Plan:
             "dtype": str(self.dtype).removeprefix("torch."),
             "blocks": self.layout.blocks,
             "blocks_removed": self.drop,
+            "models": [
+                {"parameters": walk.layout.parameters, "steps": [step.method for step in walk.recipe.steps]}
+                for walk in self.walks
+            ],
             "parameters": self.layout.parameters,
             "dense_bytes": self.source_bytes,
             "predicted_bytes": self.bytes,
             "predicted_peak_memory": dict(self.memory),
-            "predicted_seconds": round(self.seconds, 1),
+            "predicted_seconds": round(sum(walk.seconds for walk in self.walks), 1),
             "warnings": list(self.warnings),
             "modules": [
                 {
@@ -142,20 +156,64 @@ def describe(scheme: Scheme) -> str:
     return ", ".join(words) or "dense"
 
 
-def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
+def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
     """Resolve `recipe` for a model. Raises PlanError naming module, rule and fix; reads no weight."""
     if format_of(checkpoint.config).name != "dense":
         raise PlanError(
             f"{checkpoint.label} is already compressed ({format_of(checkpoint.config).name}); "
             "start from the dense model"
         )
-    dtype = storage_dtype(checkpoint.config, recipe)
+    config: Mapping[str, Any] = checkpoint.config
+    plan, given = None, Given()
+    for stage in recipe.stages():
+        part = recipe.model_copy(update={"steps": stage.steps} | ({"format": "dense"} if stage.remake else {}))
+        walk = plan_walk(checkpoint.label, config, layout, part, given)
+        plan = replace(walk, before=plan, warnings=(*(plan.warnings if plan else ()), *walk.warnings))
+        if stage.remake is None:
+            break
+        config, given = _remade(plan, config, stage.remake)
+        layout = layout_of(config, trust_remote_code=trust_remote_code)
+    assert plan is not None  # a recipe's stages end with one that makes no other model
+    return plan
+
+
+def _remade(plan: Plan, config: Mapping[str, Any], step: Step) -> tuple[Mapping[str, Any], Given]:
+    """The config of the model that a step makes of a walked one, and which of its weights are known to be pruned."""
+    coded = next((row for row in plan.rows if row.scheme.grid or row.scheme.activations), None)
+    if coded is not None:
+        raise PlanError(
+            f"{step.method} makes another dense model, but a step before it turns {coded.module.name} into "
+            f"{describe(coded.scheme)}; quantise after it"
+        )
+    if plan.rewriting is not None:
+        config = {**config, **plan.rewriting.config}
+    if plan.drop:
+        config = shortened(config, plan.layout.blocks, range(plan.layout.blocks - plan.drop))
+    layout = layout_of(config)
+    remake = step.definition.remake
+    assert remake is not None
+    try:
+        made = remake.config(config, layout, step.options)
+    except ValueError as error:
+        raise PlanError(f"{step.method}: {error}") from error
+    zeros = {row.module.name: row.scheme for row in plan.rows if row.scheme.sparsity}
+    return made, zeros if remake.keeps_zeros(step.options) else {}
+
+
+def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Recipe, given: Given) -> Plan:
+    """The plan of the steps that share one walk over a model. Raises PlanError."""
+    if given and any(step.definition.select for step in recipe.steps):
+        raise PlanError("blocks are removed from a model that an earlier step pruned; remove them before pruning")
+    dtype = storage_dtype(config, recipe)
     tied = layout.tied
     if (rewriting := _rewriting(recipe, layout)) is not None:
         layout = rewriting.layout
     assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
-    rows = [_resolve(module, assigned.get(module.name, ()), recipe, target, dtype) for module in layout.modules]
+    rows = [
+        _resolve(module, assigned.get(module.name, ()), recipe, target, dtype, given.get(module.name, DENSE))
+        for module in layout.modules
+    ]
     weights = {row.module: row.scheme for row in rows if "weight" in row.module.tensors}
     if conflicts := target.conflicts(weights):
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
@@ -170,7 +228,7 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe) -> Plan:
             if row.module.kind == "head"
         ]
     return Plan(
-        label=checkpoint.label,
+        label=label,
         recipe=recipe,
         layout=layout,
         dtype=dtype,
@@ -208,74 +266,42 @@ def _assign(recipe: Recipe, layout: Layout) -> dict[str, list[int]]:
         if step.definition.select is not None:
             if changed:
                 raise PlanError(
-                    f"step {number + 1} ({step.method}) removes blocks but comes after a step that changes weights; "
+                    f"{step.label} removes blocks but comes after a step that changes weights; "
                     "move it before them, so that its scores are those of the model that is cut"
                 )
             continue
         if step.definition.rewrite is not None and changed:
             raise PlanError(
-                f"step {number + 1} ({step.method}) rewrites the whole model but comes after a step that changes "
+                f"{step.label} rewrites the whole model but comes after a step that changes "
                 "weights; make it the first step, or the first after those that remove blocks"
             )
         if compares(step) and recipe.propagate == "original":
             raise PlanError(
-                f"step {number + 1} ({step.method}): the method compares the compressed model's inputs with the dense "
+                f"{step.label}: the method compares the compressed model's inputs with the dense "
                 "model's, and with `propagate: original` they are the same; drop `propagate` or `asymmetric`"
             )
         changed = True
         if step.definition.on_model:
             continue
-        for name in selected(step, number, layout):
+        for name in selected(step, layout):
             assigned.setdefault(name, []).append(number)
     return assigned
 
 
-def selected(step: Step, number: int, layout: Layout) -> list[str]:
-    """Modules a step applies to. Raises PlanError for a pattern that matches nothing or hits a forbidden module."""
-    label = f"step {number + 1} ({step.method})"
-    ignored = {name for pattern in step.ignore for name in _matches(pattern, layout, f"{label}: ignore")}
-    chosen: dict[str, None] = {}
-    for pattern in step.targets:
-        for name in _matches(pattern, layout, f"{label}: targets"):
-            module = layout.by_name[name]
-            if name in ignored:
-                continue
-            if layout.never and name in layout.never and pattern not in TARGET_GROUPS:
-                raise PlanError(f"{label}: {name} must not be compressed: {layout.never[name]}; add it to `ignore`")
-            if module.kind == "head" and layout.tied:
-                if layout.embedding.name not in ignored:
-                    chosen[layout.embedding.name] = None
-            elif module.kind in ("linear", "embedding", "head") and not (layout.never and name in layout.never):
-                chosen[name] = None
-    if not chosen:
-        raise PlanError(f"{label} applies to no module: targets {list(step.targets)}, ignore {list(step.ignore)}")
-    return list(chosen)
-
-
-def _matches(pattern: str, layout: Layout, label: str) -> list[str]:
-    if pattern in TARGET_GROUPS:
-        found = [module.name for module in layout.modules if module.kind == TARGET_GROUPS[pattern]]
-    else:
-        names = [module.name for module in layout.modules]
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.endswith("." + pattern)]
-    if not found:
-        known = [*TARGET_GROUPS, *dict.fromkeys(module.name.rpartition(".")[2] for module in layout.modules)]
-        raise PlanError(f"{label}: {pattern!r} matches no module of {layout.model_type}{did_you_mean(pattern, known)}")
-    return found
-
-
-def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: Format, dtype: torch.dtype) -> PlanRow:
+def _resolve(
+    module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: Format, dtype: torch.dtype, given: Scheme
+) -> PlanRow:
     """The row of one module: fold its steps into a scheme and ask the format whether it can hold it."""
-    plain = target.nbytes(module, Scheme(), dtype)
+    plain = target.nbytes(module, DENSE, dtype)
     steps = tuple(steps)
-    scheme = Scheme()
+    scheme = given
     for number in steps:
         step = recipe.steps[number]
-        _check_step(module, scheme, step, number, [recipe.steps[other] for other in steps if other < number])
+        _check_step(module, scheme, step, [recipe.steps[other] for other in steps if other < number])
         try:
             scheme = step.options.for_matrix(module.shape, dtype).scheme(scheme, dtype)
         except ValueError as error:
-            raise PlanError(f"step {number + 1} ({step.method}) on {module.name}: {error}") from error
+            raise PlanError(f"{step.label} on {module.name}: {error}") from error
         if step.activations:
             scheme = replace(scheme, activations=step.activations.chosen())
     problems = [] if scheme.dense else [*_pattern_problems(module, scheme), *target.problems(module, scheme)]
@@ -284,8 +310,8 @@ def _resolve(module: ModuleSpec, steps: Iterable[int], recipe: Recipe, target: F
             raise PlanError(
                 f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}"
             )
-        return PlanRow(module, (), Scheme(), plain, plain, "; ".join(problems))
-    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype))
+        return PlanRow(module, (), DENSE, plain, plain, "; ".join(problems), given)
+    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype), given=given)
 
 
 def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
@@ -296,8 +322,8 @@ def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
     return [f"the {columns} inputs of {module.name} are not a multiple of the {scheme.pattern[1]} of the pattern"]
 
 
-def _check_step(module: ModuleSpec, before: Scheme, step: Step, number: int, earlier: Sequence[Step]) -> None:
-    label = f"step {number + 1} ({step.method}) on {module.name}"
+def _check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence[Step]) -> None:
+    label = f"{step.label} on {module.name}"
     if any(other.definition.tune for other in earlier):
         raise PlanError(f"{label}: an earlier step trains the finished model; move that step to the end")
     if (step.definition.linear or step.definition.learn) and before.grid is not None:

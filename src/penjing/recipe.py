@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -73,6 +74,12 @@ class Step(_Section):
     )
     ignore: tuple[str, ...] = Field((), description="modules to leave out, named in the same ways")
     activations: ActivationOptions | None = Field(None, description="also round the inputs at run time")
+    position: int = Field(1, exclude=True, repr=False)
+
+    @property
+    def label(self) -> str:
+        """What messages call it: "step 2 (gptq)"."""
+        return f"step {self.position} ({self.method})"
 
     @property
     def definition(self) -> Method:
@@ -87,6 +94,14 @@ class Step(_Section):
         if self.activations:
             step["activations"] = self.activations.model_dump(mode="json")
         return step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that share one walk over a model, and the step after them that makes another model of what they left."""
+
+    steps: tuple[Step, ...]
+    remake: Step | None
 
 
 class Recipe(_Section):
@@ -122,6 +137,16 @@ class Recipe(_Section):
             raise ValueError("steps must be a list with at least 1 item")
         return [step if isinstance(step, Step) else _parse_step(number, step) for number, step in enumerate(steps, 1)]
 
+    def stages(self) -> tuple[Stage, ...]:
+        """The steps, cut after each that makes another model; the last stage ends with none of those."""
+        stages: list[Stage] = []
+        start = 0
+        for number, step in enumerate(self.steps):
+            if step.definition.remake is not None:
+                stages.append(Stage(self.steps[start:number], step))
+                start = number + 1
+        return (*stages, Stage(self.steps[start:], None))
+
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every default spelled out; `Recipe.model_validate` reads it back."""
         return {**self.model_dump(mode="json", exclude={"steps"}), "steps": [step.as_dict() for step in self.steps]}
@@ -143,14 +168,14 @@ def _parse_step(number: int, step: object) -> Step:
     if name not in METHODS:
         raise ValueError(f"step {number}: unknown method {name!r}{did_you_mean(str(name), METHODS)}")
     method = METHODS[name]
-    shared = ("targets", "ignore", "activations") if not method.on_model else ()
+    shared = () if method.on_model else ("targets", "ignore", "activations")
     own = {key: keys.pop(key) for key in shared if key in keys}
     known = [*method.options.model_fields, *shared]
     for key in keys:
         if key not in known:
             raise ValueError(f"step {number} ({name}): unknown key {key!r}{did_you_mean(str(key), known)}")
     try:
-        return Step(method=name, options=method.options.model_validate(keys), **own)
+        return Step(method=name, options=method.options.model_validate(keys), position=number, **own)
     except ValidationError as error:
         raise ValueError(f"step {number} ({name}): {_first_problem(error)}") from error
 

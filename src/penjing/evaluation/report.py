@@ -126,6 +126,7 @@ class Report:
     kv_cache         what the recipe's quantised key-value cache holds after a window; None without one
     block_errors     relative error of each block's output
     skipped          what was left dense or removed, with reasons
+    made             one entry per model that was made between two walks: the step and what it says of its work
     peak_memory      bytes above the baseline of the loaded libraries; None where it cannot be read
     seconds          wall time of each stage
     verification     outcome of loading the result back
@@ -145,6 +146,7 @@ class Report:
     kv_cache: CacheMemory | None = None
     block_errors: tuple[float, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    made: tuple[dict[str, Any], ...] = ()
     peak_memory: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """What a method is: a function, the paper it comes from, what it needs to see and which recipe keys it takes.
 
-The walk reads these declarations and nothing else; it never asks a method for its name. Six shapes cover the
-field, and a method may have more than one of them:
+The walk reads these declarations and nothing else; it never asks a method for its name. Seven shapes cover the
+field, and a method may have more than one of the first six:
 
     transform   a block and its calls -> scales that move magnitude between neighbours without changing the function
     linear      one weight and the statistics of its inputs -> a representation
@@ -9,6 +9,7 @@ field, and a method may have more than one of them:
     tune        the finished model and a loss of its logits -> the same codes with other scales
     select      one score per block -> the blocks to remove
     rewrite     a model's layout -> the same function with other tensors, from which all else then starts
+    remake      a dense model -> another dense model, a stage of its own: fewer units, or trained weights
 """
 
 from __future__ import annotations
@@ -267,6 +268,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Remake:
+    """A method that makes another dense model. Each kind is a subclass; `pipeline/stages.py` says who does its work.
+
+    config       config.json of the model it makes, from the config and the layout of the one it is given; ValueError
+                 if that model cannot be
+    keeps_zeros  whether weights that an earlier step pruned are still zero in the model it makes
+    """
+
+    config: Callable[[Mapping[str, Any], Layout, Any], Mapping[str, Any]]
+    keeps_zeros: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table of methods."""
 
@@ -280,6 +294,7 @@ class Method:
     tune: TuneFunction | None = None
     select: Selection | None = None
     rewrite: RewriteFunction | None = None
+    remake: Remake | None = None
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
     passes: Callable[[Any, int], float] = field(default=lambda options, windows: 0.0)
     """Training in units of forward passes over all calibration windows, given how many there are."""
@@ -289,4 +304,4 @@ class Method:
     @property
     def on_model(self) -> bool:
         """It works on the model as a whole, so a step of it takes no `targets`."""
-        return self.select is not None or self.rewrite is not None
+        return self.select is not None or self.rewrite is not None or self.remake is not None

@@ -303,8 +303,15 @@ class BlockCompressor:
         return self.done[name].dense().float() if name in self.done else self.tensors[f"{name}.weight"]
 
     def _kept(self, name: str) -> Tensor | None:
-        done = self.done.get(name)
-        return done.kept if isinstance(done, Masked) else None
+        now = self.done.get(name)
+        if now is None and self.rows[name].given.sparsity:
+            now = self._given(name)
+        return now.kept if isinstance(now, Masked) else None
+
+    def _given(self, name: str) -> Dense | Masked:
+        """The weight before the recipe's steps; what an earlier walk pruned is zero in it."""
+        values = Dense(self.tensors[f"{name}.weight"])
+        return Masked(values, values.values != 0) if self.rows[name].given.sparsity else values
 
     def finish(
         self,
@@ -340,7 +347,7 @@ class BlockCompressor:
         if "weight" not in parts:
             return ModuleResult(module, packed, notes=self.notes[name])
         original = self.tensors[f"{name}.weight"]
-        packed |= self._pack(row, self.done.get(name) or Dense(original))
+        packed |= self._pack(row, self.done.get(name) or self._given(name))
         if name in self.input_scales:
             packed |= input_tensors(module, self.input_scales[name])
         result = ModuleResult(module, packed, notes=self.notes[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from dataclasses import dataclass, replace
@@ -11,10 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
-from torch import Tensor
 
-from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index
+from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes
 from penjing.costs import needs_text
 from penjing.errors import PlanError, QualityError
 from penjing.evaluation.card import model_card
@@ -24,18 +21,15 @@ from penjing.evaluation.report import Report, Skipped, Software, Source
 from penjing.evaluation.size import Stages, weight_bytes
 from penjing.evaluation.windows import Protocol
 from penjing.memory import PeakMemory, share_one_heap
-from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, measure
 from penjing.pipeline.journal import Fingerprint, Journal, require_usable
-from penjing.pipeline.rewritten import RewrittenCheckpoint
+from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
-from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.text import Text, TextSource
-from penjing.pipeline.tune import FinishedModel, tune
-from penjing.pipeline.verification import Verification, fits_in_memory, save_probe, verify
-from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
+from penjing.pipeline.verification import Verification, fits_in_memory, verify
+from penjing.pipeline.walk import Progress
 from penjing.pipeline.weights import Weights
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
@@ -116,116 +110,25 @@ def run(job: Job, progress: Progress) -> Report:
         progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])
     share_one_heap()
     journal = Journal.open(job.directory, job.fingerprint())
-    with PeakMemory() as memory:
-        with stages.stage("choose blocks"):
-            checkpoint, plan, removed = _choose_blocks(job, progress)
-        with stages.stage("compress"):
-            tokens = None if job.calibration is None else job.calibration.tokens
-            walk = _walk(job, checkpoint, plan, journal, tokens, progress)
-        if tokens is not None and any(step.definition.tune for step in plan.recipe.steps):
-            with stages.stage("train"):
-                _train(job, checkpoint, plan, journal, tokens, progress)
-                walk = _walk(job, checkpoint, plan, journal, tokens[:1, :PROBE_TOKENS], progress)
+    with PeakMemory() as memory, stages.stage("compress"):
+        outcome = run_stages(job, journal, progress)
     with stages.stage("complete the directory"):
-        _complete(job, checkpoint, plan, walk)
+        complete(job.directory, outcome.walk, outcome.checkpoint, replace(outcome.plan, recipe=job.recipe))
     with stages.stage("verify"):
         progress("verify", 0, 1, "")
-        engine = fits_in_memory(plan.layout.parameters)
+        engine = fits_in_memory(outcome.plan.layout.parameters)
         verification = verify(job.directory, engine=engine, trust_remote_code=job.trust_remote_code)
         progress("verify", 1, 1, verification.how)
     with stages.stage("evaluate"):
         quality, held = _evaluate(job, progress)
-    report = _report(job, plan, walk, removed, verification, quality, held, memory, stages)
+    report = _report(job, outcome, verification, quality, held, memory, stages)
     write_bytes(job.directory / "report.json", report.to_json().encode())
     write_bytes(job.directory / "report.html", html_page(report).encode())
     write_bytes(job.directory / "README.md", model_card(report).encode())
+    clear_stages(job.directory)
     journal.close()
     _require(job.recipe, report)
     return report
-
-
-def _choose_blocks(job: Job, progress: Progress) -> tuple[Checkpoint, Plan, list[tuple[int, str]]]:
-    """The model that is walked: the checkpoint itself, or the blocks that the recipe's selecting steps keep, rewritten.
-
-    Blocks are chosen by what the original does.
-    """
-    checkpoint, layout, plan = job.checkpoint, job.layout, job.plan
-    names = list(range(job.layout.blocks))
-    removed: list[tuple[int, str]] = []
-    steps = list(job.recipe.steps)
-    while job.calibration and steps and (selection := steps[0].definition.select):
-        step = steps.pop(0)
-        scores = score_blocks(
-            checkpoint,
-            layout,
-            job.calibration.tokens,
-            selection.scores,
-            dtype=job.dtype,
-            progress=progress,
-            trust_remote_code=job.trust_remote_code,
-        )
-        gone = set(selection.choose(scores, step.options))
-        removed += [(names[index], f"{step.method}: score {scores[index]:.4f}") for index in sorted(gone)]
-        keep = [index for index in range(len(names)) if index not in gone]
-        names = [names[index] for index in keep]
-        checkpoint = BlockSubset(checkpoint, layout, keep)
-        layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=job.trust_remote_code)
-        plan = make_plan(checkpoint, layout, job.recipe.model_copy(update={"steps": tuple(steps)}))
-    if plan.rewriting is not None:
-        checkpoint = RewrittenCheckpoint(checkpoint, plan.rewriting, str(steps[0].as_dict()))
-    return checkpoint, plan, removed
-
-
-def _walk(
-    job: Job, checkpoint: Checkpoint, plan: Plan, journal: Journal, tokens: Tensor | None, progress: Progress
-) -> WalkResult:
-    return Walk(
-        plan,
-        checkpoint,
-        job.directory,
-        journal,
-        dtype=job.dtype,
-        tokens=tokens,
-        progress=progress,
-        trust_remote_code=job.trust_remote_code,
-    ).run()
-
-
-def _train(job: Job, checkpoint: Checkpoint, plan: Plan, journal: Journal, tokens: Tensor, progress: Progress) -> None:
-    """The steps that bring the finished model's logits back to those of the dense model, blocks removed or not."""
-    source = Weights(job.checkpoint, job.layout).live
-    teacher = StreamedModel(job.checkpoint.config, job.layout, source, trust_remote_code=job.trust_remote_code)
-    model = FinishedModel(
-        plan,
-        checkpoint.config,
-        teacher,
-        job.directory,
-        journal,
-        tokens,
-        job.dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
-    tune(model, journal, progress)
-
-
-_NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path", CONFIG_KEY)
-"""Keys of a source's config.json that do not hold for the result."""
-
-
-def _complete(job: Job, checkpoint: Checkpoint, plan: Plan, walk: WalkResult) -> None:
-    """Everything a model directory needs beside its shards."""
-    total = sum(row.bytes for row in walk.rows)
-    write_index(job.directory, walk.shards, total)
-    schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
-    config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
-    config |= {"dtype": str(plan.dtype).removeprefix("torch.")} | plan.format.config(schemes, plan.dtype)
-    if job.recipe.kv_cache is not None:
-        config[CONFIG_KEY] = job.recipe.kv_cache.model_dump()
-    write_bytes(job.directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name, content in checkpoint.files():
-        write_bytes(job.directory / name, content)
-    write_bytes(job.directory / "recipe.yaml", yaml.safe_dump(job.recipe.as_dict(), sort_keys=False).encode())
-    save_probe(job.directory, walk.probe_tokens, walk.probe_logits, walk.shards)
 
 
 def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory | None]:
@@ -252,16 +155,15 @@ def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory
 
 def _report(
     job: Job,
-    plan: Plan,
-    walk: WalkResult,
-    removed: list[tuple[int, str]],
+    outcome: Outcome,
     verification: Verification,
     quality: Quality | None,
     held: CacheMemory | None,
     memory: PeakMemory,
     stages: Stages,
 ) -> Report:
-    skipped = [Skipped(job.layout.block_name(index), f"removed by {reason}") for index, reason in removed]
+    plan, walk = outcome.plan, outcome.walk
+    skipped = [Skipped(job.layout.block_name(index), f"removed by {reason}") for index, reason in outcome.removed]
     skipped += [Skipped(row.module.name, row.note) for row in plan.rows if row.note]
     source = Source(
         label=job.checkpoint.label,
@@ -286,6 +188,7 @@ def _report(
         kv_cache=held,
         block_errors=tuple(walk.block_errors),
         skipped=tuple(skipped),
+        made=tuple(dict(entry) for entry in outcome.made),
         peak_memory=memory.bytes,
         seconds=stages.seconds,
         verification=verification.as_dict(),

@@ -12,9 +12,10 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError, RecipeError
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.pipeline.patterns import patterns
-from penjing.planning import Plan, make_plan, selected
+from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, Step, load_recipe
 from penjing.representations import Scheme
+from penjing.targets import selected
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Menu:
                 "a recipe that removes blocks cannot be allocated; remove them in a run of their own, first"
             )
         inside = whole.layout
-        varied = tuple(number for number, step in enumerate(recipe.steps) if _has_bits(step, number, inside))
+        varied = tuple(number for number, step in enumerate(recipe.steps) if _has_bits(step, inside))
         if not varied:
             raise PlanError("no step of the recipe has `bits` to choose for linears of the blocks; use rtn or gptq")
-        names = [name for number in varied for name in _in_blocks(recipe.steps[number], number, inside)]
+        names = [name for number in varied for name in _in_blocks(recipe.steps[number], inside)]
         least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0)
         plans = []
         for choice in choices:
@@ -153,7 +154,7 @@ class Menu:
             if number not in self.varied:
                 steps.append(step.as_dict())
                 continue
-            names = selected(step, number, self.layout)
+            names = selected(step, self.layout)
             outside = [name for name in names if name not in assignment]
             if outside:
                 steps.append(step.as_dict() | {"targets": outside, "ignore": []})
@@ -184,21 +185,21 @@ class Menu:
         return keys | {"targets": patterns(names, others), "ignore": []}
 
 
-def _has_bits(step: Step, number: int, layout: Layout) -> bool:
+def _has_bits(step: Step, layout: Layout) -> bool:
     if step.definition.select or getattr(step.options, "bits", None) is None:
         return False
-    if not _in_blocks(step, number, layout):
+    if not _in_blocks(step, layout):
         return False
     if step.definition.linear is None:
         raise PlanError(
-            f"step {number + 1} ({step.method}) learns whole blocks, so the loss of one linear cannot be measured; "
+            f"{step.label} learns whole blocks, so the loss of one linear cannot be measured; "
             "allocate with gptq in its place and change the method in the recipe that comes out"
         )
     return True
 
 
-def _in_blocks(step: Step, number: int, layout: Layout) -> list[str]:
-    return [name for name in selected(step, number, layout) if layout.by_name[name].block is not None]
+def _in_blocks(step: Step, layout: Layout) -> list[str]:
+    return [name for name in selected(step, layout) if layout.by_name[name].block is not None]
 
 
 def _schemes(plan: Plan | None) -> dict[str, Scheme]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from penjing.checkpoint.base import Checkpoint, TensorSpec
 from penjing.models.layout import Layout
+from penjing.models.shorter import shortened
 
 
 class BlockSubset:
@@ -30,7 +30,7 @@ class BlockSubset:
                 self._old_name[prefixes[start] + name.removeprefix(start)] = name
             elif not name.startswith(inside):
                 self._old_name[name] = name
-        self.config = _shorten(full.config, layout.blocks, keep)
+        self.config = shortened(full.config, layout.blocks, keep)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Tensors of the blocks that stay, by their new names."""
@@ -48,25 +48,3 @@ class BlockSubset:
     def fingerprint(self) -> str:
         """Depends on the full model and on the blocks kept."""
         return hashlib.sha256(f"{self._full.fingerprint()} {self._keep}".encode()).hexdigest()
-
-
-def _shorten(config: Mapping[str, Any], blocks: int, keep: Sequence[int]) -> dict[str, Any]:
-    """The config for fewer blocks: the count, and every list with one entry per block."""
-    config = dict(config)
-    if "layer_types" not in config and (layer_types := _default_layer_types(config)):
-        config["layer_types"] = layer_types
-    for key, value in config.items():
-        if key in ("num_hidden_layers", "n_layer", "num_layers"):
-            config[key] = len(keep)
-        elif isinstance(value, list) and len(value) == blocks:
-            config[key] = [value[index] for index in keep]
-    return config
-
-
-def _default_layer_types(config: Mapping[str, Any]) -> list[str] | None:
-    """Kinds of attention per block that the model class would derive from the block's number."""
-    from transformers import AutoConfig
-
-    model_type = config["model_type"]
-    full = AutoConfig.for_model(model_type, **{key: value for key, value in config.items() if key != "model_type"})
-    return getattr(full, "layer_types", None)
