@@ -16,7 +16,7 @@ $(DEMO)/report.json: | $(VENV)/.demo-model
 	$(BIN)/penjing compress demo --recipe w4a16-gptq --samples 32 --length 1024 --output $(DEMO)
 
 test: demo-model
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
