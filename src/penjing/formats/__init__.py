@@ -8,12 +8,13 @@ from penjing.errors import FormatError
 from penjing.formats.base import Format
 from penjing.formats.bitsandbytes import BitsAndBytesFormat
 from penjing.formats.compressed_tensors import CompressedTensorsFormat
+from penjing.formats.gguf import GGUFFormat
 from penjing.formats.hf_dense import DenseFormat
 from penjing.formats.native import NativeFormat
 
 FORMATS: dict[str, Format] = {
     format_.name: format_
-    for format_ in (DenseFormat(), CompressedTensorsFormat(), BitsAndBytesFormat(), NativeFormat())
+    for format_ in (DenseFormat(), CompressedTensorsFormat(), BitsAndBytesFormat(), GGUFFormat(), NativeFormat())
 }
 """Every format Penjing can write, by the name a recipe uses."""
 

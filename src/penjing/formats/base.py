@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from penjing.models.layout import ModuleSpec
+from penjing.checkpoint.base import Checkpoint
+from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import InputScale
 from penjing.numerics.float_grids import FloatGrid
 from penjing.representations import Masked, Quantized, Representation, Scheme
@@ -53,6 +55,45 @@ class Format(Protocol):
 
     def schemes(self, config: dict[str, Any], modules: tuple[ModuleSpec, ...]) -> dict[str, Scheme]:
         """Module name -> scheme, read back from a written config.json."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A model of which every module is written: what a format that makes one file of it reads.
+
+    directory  of the result
+    layout     of the model as it was written
+    schemes    by module name
+    config     its config.json
+    dtype      of the matrices that lie on no grid
+    source     a model with the same tokenizer
+    load       a written tensor by full name
+    """
+
+    directory: Path
+    layout: Layout
+    schemes: Mapping[str, Scheme]
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    source: Checkpoint
+    load: Callable[[str], Tensor]
+
+
+@runtime_checkable
+class OneFile(Protocol):
+    """A format whose result is one file, put together from the shards when the walk is done."""
+
+    vector_dtype: torch.dtype
+    """Of every tensor of one dimension."""
+
+    def refusals(self, layout: Layout, config: Mapping[str, Any]) -> list[str]:
+        """Why this format cannot hold the model, whatever becomes of its weights; empty if it can."""
+
+    def companion_problems(self, checkpoint: Checkpoint) -> list[str]:
+        """What of the files beside the weights does not go into this format; empty if all does."""
+
+    def assemble(self, finished: Finished) -> Path:
+        """Write the file; returns its path. Raises FormatError."""
 
 
 def other_bytes(module: ModuleSpec, dtype: torch.dtype) -> int:
@@ -113,13 +154,16 @@ def codes_of(weight: Representation) -> Quantized | None:
 
 
 def zero_codes(values: Quantized) -> Tensor:
-    """The code that decodes to zero at each place of the matrix, (N, K) int8; with float zero points, the closest."""
+    """The code that decodes to zero at each place of the matrix, (N, K) int8; with float zero points and minima, the
+    closest."""
     if isinstance(values.grid, FloatGrid):
         return torch.full_like(values.codes, values.grid.zero_code)
     if values.zero_point is None:
         return torch.zeros_like(values.codes)
     zero = values.zero_point
-    if zero.is_floating_point():
+    if values.grid.offset:
+        zero = values.grid.encode(torch.zeros_like(zero), values.scale.float(), zero.float()).to(torch.int8)
+    elif zero.is_floating_point():
         zero = zero.float().round().clamp(values.grid.low, values.grid.high).to(torch.int8)
     if values.group_index is not None:
         return zero[:, values.group_index.long()]

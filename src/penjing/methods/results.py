@@ -10,7 +10,7 @@ from torch import Tensor
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.scale_codes import ScaleCodes, encode_e8m0
-from penjing.numerics.scale_search import fit_rows
+from penjing.numerics.scale_search import fit_rows, searchable
 from penjing.representations import Dense, Masked, Quantized
 
 
@@ -25,9 +25,9 @@ class Fit(NamedTuple):
 def fitted(weight: Tensor, grid: ScaledGrid, metric: Tensor | None = None) -> Fit:
     """The grid's scales for a matrix `weight` (N, K).
 
-    metric  of a search for better ones, (K,) or (K, K), see `numerics.scale_search`; only for integer grids
+    metric  of a search for better ones, (K,) or (K, K), see `numerics.scale_search`; only where `searchable`
     """
-    if isinstance(grid, IntegerGrid):
+    if isinstance(grid, IntegerGrid) or searchable(grid):
         return Fit(*fit_rows(weight, grid, metric))
     together = grid.fit_coded(weight)
     if together is None:

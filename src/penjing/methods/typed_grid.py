@@ -1,4 +1,4 @@
-"""Recipe keys of methods that round to any grid with scales: integers, or floats and quantiles of 4 or 8 bits."""
+"""Recipe keys of methods that round to any grid with scales: integers, floats and quantiles, types of GGUF."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from pydantic import Field, model_validator
 
 from penjing.methods.base import GridKeys
 from penjing.numerics.float_grids import Element, FloatGrid, ScaledGrid, ScaleKind
+from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.scale_codes import ScaleRounding
 from penjing.numerics.scale_search import ScaleSearch
 from penjing.representations import Scheme
 
-NumberType = Literal["int", "nf4", "fp4", "fp8-e4m3", "fp8-e5m2", "mxfp4", "mxfp8", "nvfp4"]
+NumberType = Literal[
+    "int", "nf4", "fp4", "fp8-e4m3", "fp8-e5m2", "mxfp4", "mxfp8", "nvfp4",
+    "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq2_0",
+]  # fmt: skip
 
 TILE_ROWS = 128
 """Outputs, and inputs, of a block with `group_size: block` (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
@@ -41,13 +45,27 @@ _FLOATS: dict[str, _Float] = {
 }
 
 
+def _fixed_keys(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a type fixes, and what it has unless a recipe says otherwise."""
+    if kind in GGUF_GRIDS:
+        grid = GGUF_GRIDS[kind]
+        rule = grid.scale_rule if isinstance(grid, IntegerGrid) else "full"
+        fixed = {"bits": grid.bits, "symmetric": grid.symmetric, "scale_rule": rule, "group_size": grid.group_size}
+        return fixed, {}
+    if kind not in _FLOATS:
+        return {}, {}
+    told = _FLOATS[kind]
+    fixed = {"bits": told.bits, "symmetric": True, "scale_rule": "full"}
+    return fixed | ({"group_size": told.group_size} if told.scale != "plain" else {}), {"group_size": told.group_size}
+
+
 class TypedGridOptions(GridKeys):
-    """Recipe keys of the grid: an integer grid, or with `type` one of the float grids, which fix the other keys."""
+    """Recipe keys of the grid: an integer grid, or with `type` one that fixes the other keys."""
 
     type: NumberType = Field(
         "int",
         description="what a code stands for: an integer, a quantile (nf4), a 4-bit float as in bitsandbytes (fp4), "
-        "an 8-bit float, or a float in groups with a coded scale (mxfp4, mxfp8, nvfp4)",
+        "an 8-bit float, a float in groups with a coded scale (mxfp4, mxfp8, nvfp4), or one of GGUF's types (q4_0 ...)",
     )
     double_quant: bool = Field(False, description="nf4 and fp4: quantise the scales once more, to 8 bits (QLoRA)")
     scale_rounding: ScaleRounding = Field(
@@ -60,15 +78,13 @@ class TypedGridOptions(GridKeys):
     @classmethod
     def _fill_in(cls, keys: Any) -> Any:
         """Set what the type fixes; refuse a key that says otherwise."""
-        kind = _FLOATS.get(str(keys.get("type"))) if isinstance(keys, dict) else None
-        if kind is None:
+        if not isinstance(keys, dict):
             return keys
-        fixed = {"bits": kind.bits, "symmetric": True, "scale_rule": "full"}
-        fixed |= {"group_size": kind.group_size} if kind.scale != "plain" else {}
+        fixed, usual = _fixed_keys(str(keys.get("type")))
         for key, value in fixed.items():
             if keys.get(key, value) != value:
                 raise ValueError(f"type {keys['type']} fixes `{key}: {value}`; drop the key")
-        return {"group_size": kind.group_size, **keys, **fixed}
+        return {**usual, **keys, **fixed}
 
     @model_validator(mode="after")
     def _check_type(self) -> Self:
@@ -92,9 +108,12 @@ class TypedGridOptions(GridKeys):
         return self.row_wise and self.type != "nvfp4"
 
     def grid(self, scale_dtype: torch.dtype) -> ScaledGrid:
-        """The grid these keys describe; plain scales of integers and FP8 are stored in `scale_dtype`."""
+        """The grid these keys describe; plain scales of integers and FP8 are stored in `scale_dtype`, others as the
+        type says."""
         size = None if self.group_size == "channel" else self.group_size
         kind = _FLOATS.get(self.type)
+        if self.type in GGUF_GRIDS:
+            return GGUF_GRIDS[self.type]
         if size == "block":
             return FloatGrid(_FLOATS[self.type].element, TILE_ROWS, "plain", scale_dtype, tile_rows=TILE_ROWS)
         if kind is None:
@@ -114,12 +133,14 @@ class SearchedGridOptions(TypedGridOptions):
 
     scale_search: ScaleSearch = Field(
         "none",
-        description="type int: search scale and zero point of each group for the least error, weighed by the mean "
-        "squares of the inputs (diagonal) or by their Gram matrix; a scale may become negative",
+        description="type int, or one of GGUF's: search scale and zero point of each group for the least error, "
+        "weighed by the mean squares of the inputs (diagonal) or by their Gram matrix; a scale may become negative",
     )
 
     @model_validator(mode="after")
     def _check_search(self) -> Self:
-        if self.scale_search != "none" and self.type != "int":
-            raise ValueError(f"`scale_search` looks for scales of integers; type {self.type} has its own")
+        if self.scale_search != "none" and self.type in _FLOATS:
+            raise ValueError(
+                f"`scale_search` looks for scales of integers and GGUF types; type {self.type} has its own"
+            )
         return self

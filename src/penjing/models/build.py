@@ -50,6 +50,12 @@ def build_meta(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
             raise CheckpointError(f"transformers cannot build a {config['model_type']!r} model: {error}") from error
 
 
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with every default of its class spelled out, in the words of the installed transformers."""
+    with _quiet():
+        return dict(_settings(config, False).to_dict())
+
+
 def _settings(config: Mapping[str, Any], remote: bool) -> Any:
     """The configuration object; without a key-value cache and without the quantiser that config.json may name."""
     from transformers import AutoConfig

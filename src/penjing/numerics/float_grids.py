@@ -1,19 +1,21 @@
-"""Grids of a few floating-point numbers, or of quantiles: NF4, FP4, FP8, MXFP4, MXFP8, NVFP4.
+"""Grids of a few floating-point numbers, or of quantiles: NF4, FP4, IQ4_NL, FP8, MXFP4, MXFP8, NVFP4.
 
 A weight w in a group with scale s becomes the element nearest to w / s, beyond the largest one the largest; decoding
 is one product, w_hat = s * element.
 
     nf4    16 quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E)
     fp4    the 4-bit float of bitsandbytes: 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives
+    iq4_nl 16 whole numbers from -127 to 113, dense around zero, which is not among them (llama.cpp)
     e2m1   the 4-bit float of OCP: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
     e4m3   8-bit float up to 448 without infinities (arXiv:2209.05433); torch calls it float8_e4m3fn
     e5m2   8-bit float up to 57344
 
-Codes are bit patterns, on nf4 positions in the table. Ties go to the even bit pattern; on nf4 and fp4 to the smaller
-value, as in bitsandbytes. A scale is max|w| / (largest element), stored as a plain number or in 8 bits (see
-`scale_codes`), and always rounded to what is stored before codes are computed:
+Codes are bit patterns, on nf4 and iq4_nl positions in the table. Ties go to the even bit pattern; on nf4, fp4 and
+iq4_nl to the smaller value, as in bitsandbytes. A scale is max|w| / (largest element), stored as a plain number or in 8
+bits (see `scale_codes`), and always rounded to what is stored before codes are computed:
 
     nf4, fp4        fp32, or quantised once more       groups of 64
+    iq4_nl          fp16, any sign                     groups of 32; the largest weight becomes -127
     fp8             plain                              a row, the matrix, or a block of 128 x 128
     mxfp4, mxfp8    e8m0, a power of two               groups of 32
     nvfp4           e4m3 over one fp32 number          groups of 16
@@ -43,16 +45,28 @@ from penjing.numerics.scale_codes import (
     shared_numbers,
 )
 
-Element = Literal["nf4", "fp4", "e2m1", "e4m3", "e5m2"]
+Element = Literal["nf4", "fp4", "iq4_nl", "e2m1", "e4m3", "e5m2"]
 ScaleKind = Literal["plain"] | CodedScale
 
-_LARGEST: dict[Element, float] = {"nf4": 1.0, "fp4": 1.0, "e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
+_LARGEST: dict[Element, float] = {
+    "nf4": 1.0,
+    "fp4": 1.0,
+    "iq4_nl": 127.0,
+    "e2m1": 6.0,
+    "e4m3": 448.0,
+    "e5m2": 57344.0,
+}
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+
+
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_POSITIONS = ("nf4", "iq4_nl")
+"""Elements whose codes are positions in an ascending table, not bit patterns."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class FloatGrid(Grouped):
 
     @property
     def symmetric(self) -> bool:
-        """There are no zero points: zero is an element."""
+        """There are no zero points: zero is an element (on iq4_nl, 1 is as good as zero)."""
         return True
 
     @property
@@ -109,13 +123,13 @@ class FloatGrid(Grouped):
 
     @property
     def largest(self) -> float:
-        """The largest element."""
+        """The largest magnitude of an element."""
         return _LARGEST[self.element]
 
     @property
     def zero_code(self) -> int:
-        """The code of zero."""
-        return 7 if self.element == "nf4" else 0
+        """The code of zero; on iq4_nl that of 1."""
+        return {"nf4": 7, "iq4_nl": 8}.get(self.element, 0)
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (always 0) of groups: `weight` (..., n) -> two fp32 tensors (...).
@@ -123,15 +137,25 @@ class FloatGrid(Grouped):
         A group of zeros gets scale 1. Scales that a file codes together (e4m3, nested) are given as they are before
         that: only `fit_rows`, which sees the matrix, can round them.
         """
-        scale = self._separate(weight.float().abs().amax(-1))
+        scale = self._separate(self._extreme(weight.float()))
         return scale, torch.zeros_like(scale)
+
+    def _extreme(self, groups: Tensor) -> Tensor:
+        """Largest magnitude along the last axis; of iq4_nl, whose smallest element is its largest, with the sign that
+        makes that weight -127 times the scale."""
+        if self.element != "iq4_nl":
+            return groups.abs().amax(-1)
+        return -groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
 
     def _separate(self, largest: Tensor) -> Tensor:
         """Scales of groups with these largest magnitudes, each rounded by itself."""
         if self.scale == "e8m0":
             return round_to_power_of_two(largest, self.largest, self.rounding)
-        dtype = self.scale_dtype if self.scale == "plain" else torch.float32
-        scale = (largest / self.largest).to(dtype).float()
+        return self.storable(largest / self.largest)
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales in fp32, rounded to the type of a plain scale; one that vanishes there becomes 1."""
+        scale = scale.to(self.scale_dtype if self.scale == "plain" else torch.float32).float()
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def fit_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,13 +175,14 @@ class FloatGrid(Grouped):
 
     def _largest(self, weight: Tensor) -> Tensor:
         """Largest magnitude of every group of a matrix (N, K): (N, G)."""
-        magnitude = weight.float().abs()
-        rows, columns = magnitude.shape
+        weight = weight.float()
+        rows, columns = weight.shape
         if self.group_size == "tensor":
-            return magnitude.max().expand(rows, 1).clone()
+            return self._extreme(weight.reshape(1, -1)).expand(rows, 1).clone()
         width = self.columns_per_group(columns)
-        padded = torch.nn.functional.pad(magnitude, (0, -columns % width, 0, -rows % self.tile_rows))
-        tiles = padded.reshape(-1, self.tile_rows, self.groups(columns), width).amax((1, 3))
+        padded = torch.nn.functional.pad(weight, (0, -columns % width, 0, -rows % self.tile_rows))
+        tiles = padded.reshape(-1, self.tile_rows, self.groups(columns), width).transpose(1, 2).flatten(2)
+        tiles = self._extreme(tiles)
         return tiles.repeat_interleave(self.tile_rows, 0)[:rows]
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
@@ -198,8 +223,8 @@ def elements(element: Element) -> Tensor:
     """What every code stands for: fp32 (2**bits,). FP8 has NaN, and E5M2 infinities, among them."""
     if element in _FP8:
         return torch.arange(256, dtype=torch.uint8).view(_FP8[element]).float()
-    if element == "nf4":
-        return torch.tensor(_NF4)
+    if element in _POSITIONS:
+        return torch.tensor(_NF4 if element == "nf4" else _IQ4_NL, dtype=torch.float32)
     positive = {"fp4": [0, 0.0625, 8, 12, 4, 6, 2, 3], "e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6]}[element]
     values = torch.tensor([*positive, *(-value for value in positive)])
     return values / 12 if element == "fp4" else values
@@ -210,7 +235,7 @@ def _nearest(element: Element) -> tuple[Tensor, Tensor]:
     """Boundaries between neighbours in ascending order, and the code of the value below each and above the last."""
     values = elements(element)
     order = values.argsort(stable=True)
-    if element != "nf4":
+    if element not in _POSITIONS:
         order = order[order != 8]  # the second code of zero, whose sign says nothing
     ascending = values[order]
     middle = (ascending[:-1] + ascending[1:]) / 2

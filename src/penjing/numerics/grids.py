@@ -19,6 +19,11 @@ An asymmetric grid spans `[min(w, 0), max(w, 0)]`. Its zero point is a whole num
 representable and pruned weights stay zero, or (HQQ) any number, which is added before rounding:
 
     code = clamp(round(w / scale + zero), low, high)        w_hat = scale * (code - zero)
+
+Or the grid has no zero point and stores the value of its first point instead (GGUF's Q4_1 and Q5_1). Zero need not be
+on such a grid; `[min(w), max(w)]` is spanned as it is:
+
+    code = clamp(round((w - minimum) / scale) + low, low, high)        w_hat = scale * (code - low) + minimum
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 
 ScaleRule = Literal["full", "narrow", "wide", "signed-max"]
-ZeroPoint = Literal["integer", "float"]
+ZeroPoint = Literal["integer", "float", "minimum"]
 
 
 class Grid(Protocol):
@@ -83,8 +88,9 @@ class IntegerGrid(Grouped):
     `group_size` is the number of consecutive inputs that share a scale; `None` means the whole row
     (per-channel) and `"tensor"` one scale for the whole matrix. The last group of a row may be shorter.
     Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are computed, so that
-    what is written decodes to exactly what the method saw. So are zero points of kind `float`; those of kind
-    `integer` are stored like codes. A symmetric grid has no zero point, whatever its kind.
+    what is written decodes to exactly what the method saw. So are zero points of kind `float`, and minima, which stand
+    where others have zero points when `zero` is `minimum`; zero points of kind `integer` are stored like codes. A
+    symmetric grid has no zero point, whatever its kind.
     """
 
     bits: int = 4
@@ -99,8 +105,13 @@ class IntegerGrid(Grouped):
         """Group, symmetry and what is unusual: "g64 symmetric signed-max", "g64 asymmetric, float zero"."""
         group = group_label(self.group_size)
         if not self.symmetric:
-            return f"{group} asymmetric" + (", float zero" if self.zero == "float" else "")
+            return f"{group} asymmetric" + {"integer": "", "float": ", float zero", "minimum": ", minimum"}[self.zero]
         return f"{group} symmetric" + ("" if self.scale_rule == "full" else f" {self.scale_rule}")
+
+    @property
+    def offset(self) -> bool:
+        """Whether a minimum is added to the values, where other grids take a zero point off the codes."""
+        return self.zero == "minimum" and not self.symmetric
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -109,7 +120,7 @@ class IntegerGrid(Grouped):
     @property
     def zero_dtype(self) -> torch.dtype:
         """The type that zero points are stored in."""
-        return self.scale_dtype if self.zero == "float" else torch.int8
+        return torch.int8 if self.zero == "integer" else self.scale_dtype
 
     @property
     def low(self) -> int:
@@ -128,6 +139,9 @@ class IntegerGrid(Grouped):
         if self.symmetric:
             scale = self._symmetric_scale(weight)
             zero = torch.zeros_like(scale)
+        elif self.zero == "minimum":
+            zero = self.storable_zero(weight.amin(-1))
+            scale = self.storable((weight.amax(-1) - zero) / (2**self.bits - 1))
         else:
             smallest = weight.amin(-1).clamp(max=0)
             largest = weight.amax(-1).clamp(min=0)
@@ -148,8 +162,8 @@ class IntegerGrid(Grouped):
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def storable_zero(self, zero: Tensor) -> Tensor:
-        """Zero points in fp32, moved to the nearest that can be stored."""
-        if self.zero == "float":
+        """Zero points, or minima, in fp32, moved to the nearest that can be stored."""
+        if self.zero != "integer":
             return zero.to(self.scale_dtype).float()
         return torch.round(zero).clamp(self.low, self.high)
 
@@ -157,11 +171,13 @@ class IntegerGrid(Grouped):
         """Codes as floats, same shape as `weight`; `scale` and `zero` broadcast against it."""
         if self.zero == "float":
             return torch.round((weight / scale).add_(zero)).clamp_(self.low, self.high)
+        if self.offset:
+            return torch.round((weight - zero) / scale).add_(self.low).clamp_(self.low, self.high)
         return torch.round(weight / scale).add_(zero).clamp_(self.low, self.high)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         """Values of `codes` on the grid, in the dtype of `scale`."""
-        return (codes - zero) * scale
+        return (codes - self.low) * scale + zero if self.offset else (codes - zero) * scale
 
     def fit_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points of a matrix: `weight` (N, K) -> two fp32 tensors (N, G).

@@ -11,6 +11,7 @@ matrix that belongs to the group. Candidates are
     symmetric    s = +-c m, m = max|w|: from 0.4 of the rule `full` to where m meets the last code; weights whose error
                  costs nothing do not count
     asymmetric   every pair of fractions, 0.3 to 1, of the smallest and the largest weight as the ends of the range
+    iq4_nl       as symmetric, m / 127 in the place of m over the last code
 
 and the result of the named rule itself. The best is then refined in turns: codes fixed, the loss is quadratic in s and
 s z, so both have a closed form; then the weights are encoded anew. Candidates are rounded to what is stored before they
@@ -34,7 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from penjing.numerics.float_grids import ScaledGrid
+from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
 
 ScaleSearch = Literal["none", "diagonal", "gram"]
@@ -59,6 +60,11 @@ def metric_of_sweep(gram: Tensor, factor: Tensor, visited: Tensor, search: Scale
     return torch.empty(len(gram), dtype=factor.dtype).index_copy_(0, visited, factor.diagonal().reciprocal().square())
 
 
+def searchable(grid: ScaledGrid) -> bool:
+    """Whether scales of `grid` may be any number, so that there is something to look for."""
+    return isinstance(grid, IntegerGrid) or grid.element == "iq4_nl"
+
+
 def part_of(metric: Tensor | None, columns: Tensor | slice) -> Tensor | None:
     """The metric of some of the columns."""
     if metric is None or metric.dim() == 1:
@@ -66,7 +72,7 @@ def part_of(metric: Tensor | None, columns: Tensor | slice) -> Tensor | None:
     return metric[columns][:, columns]
 
 
-def fit_rows(weight: Tensor, grid: IntegerGrid, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+def fit_rows(weight: Tensor, grid: ScaledGrid, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scales and zero points of `weight` (N, K): two fp32 tensors (N, G).
 
     metric  (K,), what a squared error of each input costs, or (K, K), of which each group uses its own block; None: as
@@ -88,11 +94,11 @@ def fit_rows(weight: Tensor, grid: IntegerGrid, metric: Tensor | None) -> tuple[
 def fit_group(weight: Tensor, grid: ScaledGrid, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of one group of every row: `weight` (N, n) -> two fp32 tensors (N,).
 
-    metric  (n,) or (n, n), only for integer grids; None: as the grid's rule says
+    metric  (n,) or (n, n), only for integer grids and iq4_nl; None: as the grid's rule says
 
     With a metric and a grid of one scale per matrix, `weight` is the whole of it and the tensors are (1,).
     """
-    if metric is None or not isinstance(grid, IntegerGrid):
+    if metric is None or not searchable(grid):
         return grid.fit(weight)
     pooled = grid.group_size == "tensor"
     chunks = (weight,) if pooled else weight.split(ROWS_AT_ONCE)
@@ -106,7 +112,7 @@ class _Search:
     """The best so far for rows (N, n); `pooled`: they share one scale."""
 
     weight: Tensor
-    grid: IntegerGrid
+    grid: ScaledGrid
     metric: Tensor
     pooled: bool
 
@@ -142,31 +148,48 @@ class _Search:
 
     def _candidates(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         grid, steps = self.grid, 2**self.grid.bits - 1
-        if grid.symmetric:
-            widest = flat.abs().amax(-1) / grid.high
-            for fraction in torch.linspace(SMALLEST * 2 * grid.high / steps, 1, SCALES).tolist():
+        if isinstance(grid, FloatGrid) or grid.symmetric:
+            high = grid.largest if isinstance(grid, FloatGrid) else grid.high
+            narrowest = SMALLEST if isinstance(grid, FloatGrid) else SMALLEST * 2 * high / steps
+            widest = flat.abs().amax(-1) / high
+            for fraction in torch.linspace(narrowest, 1, SCALES).tolist():
                 scale = grid.storable(widest * fraction)
                 yield scale, self.zero
                 yield -scale, self.zero
             return
-        smallest, largest = flat.amin(-1).clamp(max=0), flat.amax(-1).clamp(min=0)
+        smallest, largest = flat.amin(-1), flat.amax(-1)
+        if not grid.offset:
+            smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
         fractions = torch.linspace(0.3, 1, ENDS).tolist()
         for bottom, top in product(fractions, fractions):
             scale = grid.storable((largest * top - smallest * bottom) / steps)
-            yield scale, grid.storable_zero(grid.low - smallest * bottom / scale)
+            zero = smallest * bottom if grid.offset else grid.low - smallest * bottom / scale
+            yield scale, grid.storable_zero(zero)
 
     def _closed_form(self) -> tuple[Tensor, Tensor]:
         """Least squares for the codes of the best: of the zero point where there is one, then of the scale."""
         scale, zero = self.scale.unsqueeze(1), self.zero.unsqueeze(1)
         codes = self.grid.encode(self.weight, scale, zero)
-        zero_point = self.zero
-        if not self.grid.symmetric:
-            ones = torch.ones_like(codes)
-            squares, sums, count = (self._product(*pair) for pair in ((codes, codes), (ones, codes), (ones, ones)))
-            ahead, level = self._product(codes, self.weight), self._product(ones, self.weight)
-            slope, offset = ahead * count - level * sums, level * squares - ahead * sums
-            zero_point = self.grid.storable_zero(torch.where(slope == 0, zero_point, -offset / slope))
-        shifted = codes - zero_point.unsqueeze(1)
+        zero_point, target = self.zero, self.weight
+        if isinstance(self.grid, FloatGrid):
+            shifted = self.grid.decode(codes, torch.ones_like(self.weight))
+        elif self.grid.offset:
+            shifted = codes - self.grid.low
+            slope, offset, spread = self._line(shifted)
+            zero_point = self.grid.storable_zero(torch.where(spread > 0, offset / spread, zero_point))
+            target = self.weight - zero_point.unsqueeze(1)
+        else:
+            if not self.grid.symmetric:
+                slope, offset, _ = self._line(codes)
+                zero_point = self.grid.storable_zero(torch.where(slope == 0, zero_point, -offset / slope))
+            shifted = codes - zero_point.unsqueeze(1)
         norm = self._product(shifted, shifted)
-        fitted = self._product(shifted, self.weight) / norm
+        fitted = self._product(shifted, target) / norm
         return self.grid.storable(torch.where(norm > 0, fitted, self.scale)), zero_point
+
+    def _line(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slope and offset of the best line from codes (N, n) to weights, both times the third number."""
+        ones = torch.ones_like(codes)
+        squares, sums, count = (self._product(*pair) for pair in ((codes, codes), (ones, codes), (ones, ones)))
+        ahead, level = self._product(codes, self.weight), self._product(ones, self.weight)
+        return ahead * count - level * sums, level * squares - ahead * sums, squares * count - sums * sums

@@ -337,10 +337,10 @@ class BlockCompressor:
         return results
 
     def _result(self, name: str, row: PlanRow) -> ModuleResult:
-        module, dtype = row.module, self.plan.dtype
+        module = row.module
         parts = dict(zip(module.tensors, module.tensor_names(), strict=True))
         packed = {
-            full: self.tensors[full.removeprefix(self.prefix)].to(dtype)
+            full: self.tensors[full.removeprefix(self.prefix)].to(self.plan.dtype_of(module.tensors[key]))
             for key, full in parts.items()
             if key != "weight"
         }
@@ -360,7 +360,7 @@ class BlockCompressor:
 
     def _pack(self, row: PlanRow, weight: Representation) -> dict[str, Tensor]:
         """The weight's tensors for the file; they must decode, bit for bit, to what the method returned."""
-        target, dtype = self.plan.format_of(row), self.plan.dtype
+        target, dtype = self.plan.format_of(row), self.plan.dtype_of(row.module.tensors["weight"])
         packed = target.pack(row.module, row.scheme, weight, dtype)
         if not torch.equal(target.decode(self._unpack(row, packed), dtype), target.decode(weight, dtype)):
             raise VerificationError(f"format {target.name}: {row.module.name} does not decode to what was packed")

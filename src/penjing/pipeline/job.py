@@ -113,7 +113,9 @@ def run(job: Job, progress: Progress) -> Report:
     with PeakMemory() as memory, stages.stage("compress"):
         outcome = run_stages(job, journal, progress)
     with stages.stage("complete the directory"):
-        complete(job.directory, outcome.walk, outcome.checkpoint, replace(outcome.plan, recipe=job.recipe))
+        companion = outcome.checkpoint if outcome.made else job.checkpoint
+        plan = replace(outcome.plan, recipe=job.recipe)
+        weights = complete(job.directory, outcome.walk, outcome.checkpoint, plan, companion)
     with stages.stage("verify"):
         progress("verify", 0, 1, "")
         engine = fits_in_memory(outcome.plan.layout.parameters)
@@ -121,12 +123,14 @@ def run(job: Job, progress: Progress) -> Report:
         progress("verify", 1, 1, verification.how)
     with stages.stage("evaluate"):
         quality, held = _evaluate(job, progress)
-    report = _report(job, outcome, verification, quality, held, memory, stages)
+    report = _report(job, outcome, weights, verification, quality, held, memory, stages)
     write_bytes(job.directory / "report.json", report.to_json().encode())
     write_bytes(job.directory / "report.html", html_page(report).encode())
     write_bytes(job.directory / "README.md", model_card(report).encode())
     clear_stages(job.directory)
     journal.close()
+    for shard in set(outcome.walk.shards) - set(weights):
+        (job.directory / shard).unlink()
     _require(job.recipe, report)
     return report
 
@@ -156,6 +160,7 @@ def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory
 def _report(
     job: Job,
     outcome: Outcome,
+    weights: list[str],
     verification: Verification,
     quality: Quality | None,
     held: CacheMemory | None,
@@ -179,7 +184,7 @@ def _report(
         source=source,
         modules=tuple(walk.rows),
         predicted_bytes=plan.bytes,
-        bytes=weight_bytes(job.directory),
+        bytes=sum(weight_bytes(job.directory / name) for name in weights),
         software=Software.here(),
         calibration=None if job.calibration is None else _in_dtype(job.calibration, job.dtype),
         sample="" if job.calibration is None else job.calibration.sample,

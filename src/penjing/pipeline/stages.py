@@ -19,6 +19,8 @@ import yaml
 from torch import Tensor
 
 from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index
+from penjing.checkpoint.directory import INDEX
+from penjing.formats.base import Finished, OneFile
 from penjing.methods.base import Remake
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.models import Layout, layout_of
@@ -29,7 +31,7 @@ from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
-from penjing.pipeline.weights import Weights
+from penjing.pipeline.weights import ShardReader, Weights
 from penjing.planning import Plan, plan_walk
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
@@ -247,17 +249,30 @@ _NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path", CONFIG_KE
 """Keys of a source's config.json that do not hold for the result."""
 
 
-def complete(directory: Path, walk: WalkResult, checkpoint: Checkpoint, plan: Plan) -> None:
-    """Everything a model directory needs beside its shards."""
-    total = sum(row.bytes for row in walk.rows)
-    write_index(directory, walk.shards, total)
+def complete(
+    directory: Path, walk: WalkResult, checkpoint: Checkpoint, plan: Plan, companion: Checkpoint | None = None
+) -> list[str]:
+    """Everything a model directory needs beside its shards, or the one file made of them; names of the weight files.
+
+    companion  the model whose tokenizer goes into one file, where that is not what was walked
+    """
     schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
     config |= {"dtype": str(plan.dtype).removeprefix("torch.")} | plan.format.config(schemes, plan.dtype)
     if plan.recipe.kv_cache is not None:
         config[CONFIG_KEY] = plan.recipe.kv_cache.model_dump()
-    write_bytes(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name, content in checkpoint.files():
-        write_bytes(directory / name, content)
     write_bytes(directory / "recipe.yaml", yaml.safe_dump(plan.recipe.as_dict(), sort_keys=False).encode())
-    save_probe(directory, walk.probe_tokens, walk.probe_logits, walk.shards)
+    if isinstance(plan.format, OneFile):
+        named = {module.name: scheme for module, scheme in schemes.items()}
+        load = ShardReader(directory, walk.shards)
+        source = companion or checkpoint
+        finished = Finished(directory, plan.layout, named, config, plan.dtype, source, load)
+        weights = written = [plan.format.assemble(finished).name]
+    else:
+        write_index(directory, walk.shards, sum(row.bytes for row in walk.rows))
+        write_bytes(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        for name, content in checkpoint.files():
+            write_bytes(directory / name, content)
+        weights, written = sorted(walk.shards), [*walk.shards, INDEX, "config.json"]
+    save_probe(directory, walk.probe_tokens, walk.probe_logits, written)
+    return weights

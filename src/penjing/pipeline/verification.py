@@ -18,8 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from penjing.checkpoint import open_checkpoint, write_bytes
-from penjing.checkpoint.directory import INDEX
+from penjing.checkpoint import open_checkpoint, single_gguf, write_bytes
 from penjing.errors import CheckpointError, VerificationError
 from penjing.formats import format_of
 from penjing.models import layout_of
@@ -56,13 +55,13 @@ class Verification:
         return asdict(self) | {"passed": True, "tolerance": TOLERANCE}
 
 
-def save_probe(directory: Path, tokens: Tensor, logits: Tensor, shards: Iterable[str]) -> None:
+def save_probe(directory: Path, tokens: Tensor, logits: Tensor, files: Iterable[str]) -> None:
     """Keep what the model in memory answered, so that the directory can be verified at any time.
 
     The files that hold the model are kept as digests: a flipped bit may change the logits by less than `TOLERANCE`.
     """
     kept = {"tokens": tokens.contiguous(), "logits": logits[-_KEPT_POSITIONS:].contiguous()}
-    digests = {name: digest(directory / name) for name in sorted([*shards, INDEX, "config.json"])}
+    digests = {name: digest(directory / name) for name in sorted(files)}
     write_bytes(directory / FOLDER / _PROBE, save(kept, {"sha256": json.dumps(digests)}))
 
 
@@ -82,6 +81,7 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
     probe = load_file(path)
     tensors, logits = _streamed(directory, probe["tokens"], trust_remote_code)
     difference = _difference("read back block by block", logits, probe["logits"])
+    engine = engine and single_gguf(directory) is None  # transformers would read the same values the same way
     if engine:
         logits = _through_transformers(directory, path, trust_remote_code)
         difference = max(difference, _difference("loaded with transformers", logits, probe["logits"]))
@@ -113,7 +113,8 @@ def _check_files(directory: Path, probe: Path) -> None:
             raise VerificationError(f"{directory / name} is missing")
         if digest(directory / name) != expected:
             raise VerificationError(f"{directory / name} was changed after it was written (its SHA-256 differs)")
-    added = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in digests)
+    kinds = {Path(name).suffix for name in digests} & {".safetensors", ".gguf"}
+    added = sorted(path.name for kind in kinds for path in directory.glob(f"*{kind}") if path.name not in digests)
     if added:
         raise VerificationError(f"{directory} holds weights that penjing did not write: {', '.join(added)}")
 

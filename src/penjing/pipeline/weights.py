@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from penjing.checkpoint.base import Checkpoint
@@ -80,6 +82,17 @@ class Weights:
     def live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module ready to run."""
         return decode_module(module, self.schemes.get(module.name), self.format, self._load, dtype)
+
+
+class ShardReader:
+    """Tensors by name from the shards of a directory: shards as `WalkResult` lists them."""
+
+    def __init__(self, directory: Path, shards: Mapping[str, Sequence[str]]) -> None:
+        self._shard_of = {name: directory / shard for shard, names in shards.items() for name in names}
+
+    def __call__(self, name: str) -> Tensor:
+        with safe_open(self._shard_of[name], "pt") as shard:
+            return shard.get_tensor(name)
 
 
 def modules_outside_blocks(layout: Layout) -> tuple[Sequence[ModuleSpec], Sequence[ModuleSpec]]:

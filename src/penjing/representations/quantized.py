@@ -20,7 +20,7 @@ class Quantized:
     codes       (N, K) in the grid's `code_dtype`; on an integer grid int8, signed: -2**(bits-1) <= code < 2**(bits-1)
     scale       (N, G) in the grid's `scale_dtype`; fp32 where a file holds scales in coded form
     zero_point  (N, G) in the grid's `zero_dtype`: int8, signed like the codes, or any number in the type of scales;
-                None when the grid is symmetric
+                on a grid with minima, those; None when the grid is symmetric
     grid        the grid the codes lie on
     group_index int32 (K,): the group each column belongs to; None when groups are consecutive columns
     scale_codes what a file holds instead of `scale`, which they decode to; None where it holds `scale`
@@ -62,7 +62,7 @@ class Quantized:
         zeros = 0 if self.zero_point is None else scales
         order = 0 if self.group_index is None else columns * 4
         bits = self.grid.bits
-        zero_bits = 8 * self.scale.element_size() if self.grid.zero == "float" else bits
+        zero_bits = 8 * self.scale.element_size() if self.grid.zero != "integer" else bits
         return -(-rows * columns * bits // 8) + scales * self.scale.element_size() + -(-zeros * zero_bits // 8) + order
 
     def rows(self, start: int, stop: int) -> Quantized:

@@ -20,10 +20,10 @@ for the whole matrix, not one per token: results would depend on what else is in
 
 def grid_problems(module: ModuleSpec, grid: ScaledGrid) -> list[str]:
     """What is wrong with the grid on a matrix of this shape."""
-    if isinstance(grid, IntegerGrid) and grid.zero == "float":
+    if isinstance(grid, IntegerGrid) and grid.zero != "integer":
         return [
-            f"{module.name}: zero points that are not whole numbers (HQQ) have no place in compressed-tensors; "
-            "use format native"
+            f"{module.name}: zero points that are not whole numbers (HQQ), and minima, have no place in "
+            "compressed-tensors; use format native, or gguf for its types"
         ]
     if isinstance(grid, FloatGrid) and not has_layout(grid):
         return [

@@ -2,8 +2,8 @@
 
     weight_codes        uint8: codes + 2**(bits-1) of the kept weights in row order, one bit stream (see `packing`)
     weight_scale        (N, G), or (1,) for one scale per matrix
-    weight_zero_point   uint8: zero points + 2**(bits-1) as a bit stream; of kind `float`: stored like scales; absent
-                        when symmetric
+    weight_zero_point   uint8: zero points + 2**(bits-1) as a bit stream; of kind `float`, and minima: stored like
+                        scales; absent when symmetric
     weight_group_index  int32 (K,): group of each column; absent when groups are consecutive
 
 The last group of a row may be shorter.
@@ -55,7 +55,7 @@ class IntegerCodec:
         """Codes and whole zero points at their exact width."""
         scales = self._scales(shape, grid)
         scale_bytes = scales * grid.scale_dtype.itemsize
-        zeros = scale_bytes if grid.zero == "float" else stream_bytes(scales, grid.bits)
+        zeros = scale_bytes if grid.zero != "integer" else stream_bytes(scales, grid.bits)
         return stream_bytes(kept, grid.bits) + scale_bytes + (0 if grid.symmetric else zeros)
 
     def write(self, weight: Quantized, kept: Tensor | None) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class IntegerCodec:
         one = grid.group_size == "tensor"
         scale = parts.take("scale", *((1,) if one else (rows, grid.groups(columns))))
         zero = None
-        if not grid.symmetric and grid.zero == "float":
+        if not grid.symmetric and grid.zero != "integer":
             zero = parts.take("zero_point", *scale.shape)
         elif not grid.symmetric:
             zero = signed(parts.codes("zero_point", grid.bits, scales), grid.bits).reshape(scale.shape)
