@@ -5,6 +5,7 @@ Nothing here reads a weight. Every reason to refuse a job is found here, before 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,7 @@ class PlanRow:
     source_bytes  its tensors as they would be written untouched in the storage dtype
     bytes         its tensors as they will be written
     note          why it stays dense although a step asked for it; empty otherwise
+    remark        what it gets instead of what the step says, and why; empty otherwise
     """
 
     module: ModuleSpec
@@ -50,6 +52,7 @@ class PlanRow:
     bytes: int
     note: str = ""
     given: Scheme = DENSE
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Plan:
                     "steps": [self.recipe.steps[step].method for step in row.steps],
                     "scheme": describe(row.scheme),
                     "bytes": row.bytes,
-                    "note": row.note,
+                    "note": row.note or row.remark,
                 }
                 for row in self.rows
             ],
@@ -234,6 +237,8 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
     _check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
     warnings = [f"{row.module.name} stays dense: {row.note}" for row in rows if row.note]
+    remarks = Counter(row.remark for row in rows if row.remark)
+    warnings += [f"{count} module{'s' if count > 1 else ''}: {remark}" for remark, count in remarks.items()]
     warnings += rewriting.notes if rewriting else ()
     if tied and not layout.tied:
         rows = [replace(row, source_bytes=0) if row.module.kind == "head" else row for row in rows]
@@ -326,7 +331,9 @@ def _resolve(
                 f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}"
             )
         return PlanRow(module, (), DENSE, plain, plain, "; ".join(problems), given)
-    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype), given=given)
+    found = [recipe.steps[number].options.remark(module.shape) for number in steps]
+    remark = "; ".join(text for text in found if text)
+    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype), given=given, remark=remark)
 
 
 def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:

@@ -38,6 +38,10 @@ class Options(BaseModel):
         """The options with what depends on the `shape` (N, K) of a matrix worked out; ValueError if they do not fit."""
         return self
 
+    def remark(self, shape: tuple[int, ...]) -> str:
+        """What whoever reads the plan must know where a matrix of this `shape` does not get what the keys say."""
+        return ""
+
     def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
         """What a weight of scheme `before` becomes under a step with these options; ValueError if it cannot."""
         return before

@@ -18,8 +18,12 @@ from penjing.representations import Scheme
 
 NumberType = Literal[
     "int", "nf4", "fp4", "fp8-e4m3", "fp8-e5m2", "mxfp4", "mxfp8", "nvfp4",
-    "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "tq2_0",
+    "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl",
+    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "tq2_0",
 ]  # fmt: skip
+
+SUPER_BLOCK = 256
+"""Inputs in a super-block of GGUF."""
 
 TILE_ROWS = 128
 """Outputs, and inputs, of a block with `group_size: block` (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
@@ -59,6 +63,18 @@ def _fixed_keys(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return fixed | ({"group_size": told.group_size} if told.scale != "plain" else {}), {"group_size": told.group_size}
 
 
+FALLBACK: dict[str, NumberType] = {
+    "q6_k": "q8_0",
+    "q5_k": "q5_0",
+    "q4_k": "iq4_nl",
+    "q3_k": "iq4_nl",
+    "q2_k": "iq4_nl",
+    "tq2_0": "iq4_nl",
+}
+"""Types with blocks of 256, and what a row that does not divide into them gets: the closest in size from blocks of 32
+that is not smaller, the better one of equals."""
+
+
 class TypedGridOptions(GridKeys):
     """Recipe keys of the grid: an integer grid, or with `type` one that fixes the other keys."""
 
@@ -72,6 +88,12 @@ class TypedGridOptions(GridKeys):
         "round",
         description="mxfp4 and mxfp8: how the power of two of a group is chosen; `floor`: OCP, `round`: "
         "compressed-tensors, `ceil`: nothing is cut",
+    )
+
+    fallback: NumberType | None = Field(
+        None,
+        description="types with blocks of 256 (q2_k to q6_k, tq2_0): the type of rows that do not divide into them, "
+        "the closest in size from blocks of 32 when not given; the plan and the report name them",
     )
 
     @model_validator(mode="before")
@@ -92,6 +114,9 @@ class TypedGridOptions(GridKeys):
             raise ValueError("`double_quant` quantises the scales of groups or rows of type nf4 or fp4")
         if self.scale_rounding != "round" and self.type not in ("mxfp4", "mxfp8"):
             raise ValueError(f"`scale_rounding` chooses a power of two; scales of type {self.type} are none")
+        small = [kind for kind in GGUF_GRIDS if kind not in FALLBACK]
+        if self.fallback is not None and (self.type not in FALLBACK or self.fallback not in small):
+            raise ValueError(f"`fallback` goes with {', '.join(FALLBACK)} and is one of {', '.join(small)}")
         if self.group_size == "block" and not self.type.startswith("fp8"):
             raise ValueError(f"`group_size: block` ({TILE_ROWS} x {TILE_ROWS}) goes with type fp8-e4m3 or fp8-e5m2")
         return self
@@ -105,7 +130,29 @@ class TypedGridOptions(GridKeys):
     @property
     def fits_group_by_group(self) -> bool:
         """Whether the scale of a group follows from that group alone."""
-        return self.row_wise and self.type != "nvfp4"
+        return self.row_wise and self.type != "nvfp4" and self.type not in FALLBACK
+
+    def _fitting(self, columns: int) -> NumberType:
+        """The type of rows of so many inputs."""
+        if self.type not in FALLBACK or columns % SUPER_BLOCK == 0:
+            return self.type
+        return self.fallback or FALLBACK[self.type]
+
+    def for_matrix(self, shape: tuple[int, ...], storage_dtype: torch.dtype) -> Self:
+        """The same keys, of the type that such rows get."""
+        kind = self._fitting(shape[1])
+        if kind == self.type:
+            return self
+        fixed, _ = _fixed_keys(self.type)
+        kept = {key: value for key, value in self.model_dump(exclude_unset=True).items() if key not in fixed}
+        return type(self).model_validate({**kept, "type": kind, "fallback": None})
+
+    def remark(self, shape: tuple[int, ...]) -> str:
+        """Which type takes the place of one whose blocks do not divide the rows."""
+        kind = self._fitting(shape[1])
+        return (
+            "" if kind == self.type else f"{kind} instead of {self.type}, whose blocks of 256 do not divide {shape[1]}"
+        )
 
     def grid(self, scale_dtype: torch.dtype) -> ScaledGrid:
         """The grid these keys describe; plain scales of integers and FP8 are stored in `scale_dtype`, others as the
@@ -133,8 +180,9 @@ class SearchedGridOptions(TypedGridOptions):
 
     scale_search: ScaleSearch = Field(
         "none",
-        description="type int, or one of GGUF's: search scale and zero point of each group for the least error, "
-        "weighed by the mean squares of the inputs (diagonal) or by their Gram matrix; a scale may become negative",
+        description="type int, or one of GGUF's: search scale and zero point of each group for the least error of "
+        "the weights, as they are, weighed by the mean squares of the inputs (diagonal) or by their Gram matrix; a "
+        "scale may become negative",
     )
 
     @model_validator(mode="after")

@@ -154,8 +154,11 @@ class FloatGrid(Grouped):
         return self.storable(largest / self.largest)
 
     def storable(self, scale: Tensor) -> Tensor:
-        """Scales in fp32, rounded to the type of a plain scale; one that vanishes there becomes 1."""
+        """Scales in fp32, rounded to the type of a plain scale; one that vanishes there becomes 1, unless no element
+        is zero."""
         scale = scale.to(self.scale_dtype if self.scale == "plain" else torch.float32).float()
+        if self.element == "iq4_nl":
+            return scale
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def fit_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +191,7 @@ class FloatGrid(Grouped):
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
         """Codes, uint8 in the shape of `weight`; `scale` broadcasts against it and `zero` is not used."""
         relative = (weight / scale).contiguous()
-        if self.scale == "nested":
+        if self.scale == "nested" or self.element == "iq4_nl":
             relative = torch.where(scale == 0, 0, relative)
         if self.element in _FP8:
             return relative.clamp(-self.largest, self.largest).to(_FP8[self.element]).view(torch.uint8)

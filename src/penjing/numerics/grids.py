@@ -91,6 +91,9 @@ class IntegerGrid(Grouped):
     what is written decodes to exactly what the method saw. So are zero points of kind `float`, and minima, which stand
     where others have zero points when `zero` is `minimum`; zero points of kind `integer` are stored like codes. A
     symmetric grid has no zero point, whatever its kind.
+
+    With `scale_bits`, scales and minima are whole numbers of so many bits times one number in `scale_dtype` per
+    `block_size` inputs (see `numerics.super_blocks`): what `fit` gives of a group is then what is still to be coded.
     """
 
     bits: int = 4
@@ -99,19 +102,36 @@ class IntegerGrid(Grouped):
     scale_rule: ScaleRule = "full"
     scale_dtype: torch.dtype = torch.bfloat16
     zero: ZeroPoint = "integer"
+    scale_bits: int = 0
+    block_size: int = 256
 
     @property
     def label(self) -> str:
         """Group, symmetry and what is unusual: "g64 symmetric signed-max", "g64 asymmetric, float zero"."""
         group = group_label(self.group_size)
+        coded = f", {self.scale_bits}-bit scales" if self.scale_bits else ""
         if not self.symmetric:
-            return f"{group} asymmetric" + {"integer": "", "float": ", float zero", "minimum": ", minimum"}[self.zero]
-        return f"{group} symmetric" + ("" if self.scale_rule == "full" else f" {self.scale_rule}")
+            kind = {"integer": "", "float": ", float zero", "minimum": ", minimum"}[self.zero]
+            return f"{group} asymmetric{kind}{coded}"
+        return f"{group} symmetric" + ("" if self.scale_rule == "full" else f" {self.scale_rule}") + coded
 
     @property
     def offset(self) -> bool:
         """Whether a minimum is added to the values, where other grids take a zero point off the codes."""
         return self.zero == "minimum" and not self.symmetric
+
+    @property
+    def scale_range(self) -> tuple[int, int]:
+        """Smallest and largest code of a coded scale; those of symmetric grids have a sign, minima never have."""
+        if self.symmetric:
+            return -(2 ** (self.scale_bits - 1)), 2 ** (self.scale_bits - 1) - 1
+        return 0, 2**self.scale_bits - 1
+
+    @property
+    def groups_per_block(self) -> int:
+        """Groups whose scales are coded together."""
+        assert isinstance(self.group_size, int)
+        return self.block_size // self.group_size
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -120,7 +140,12 @@ class IntegerGrid(Grouped):
     @property
     def zero_dtype(self) -> torch.dtype:
         """The type that zero points are stored in."""
-        return torch.int8 if self.zero == "integer" else self.scale_dtype
+        return torch.int8 if self.zero == "integer" else self.memory_dtype
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """The type of scales in memory: products of codes are fp32."""
+        return torch.float32 if self.scale_bits else self.scale_dtype
 
     @property
     def low(self) -> int:
@@ -158,17 +183,19 @@ class IntegerGrid(Grouped):
 
     def storable(self, scale: Tensor) -> Tensor:
         """Scales in fp32, rounded to the storage type; one that vanishes there becomes 1: its group decodes to zero."""
-        scale = scale.to(self.scale_dtype).float()
+        scale = scale.to(self.memory_dtype).float()
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def storable_zero(self, zero: Tensor) -> Tensor:
         """Zero points, or minima, in fp32, moved to the nearest that can be stored."""
         if self.zero != "integer":
-            return zero.to(self.scale_dtype).float()
+            return zero.clamp(max=0) if self.scale_bits else zero.to(self.scale_dtype).float()
         return torch.round(zero).clamp(self.low, self.high)
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes as floats, same shape as `weight`; `scale` and `zero` broadcast against it."""
+        if self.scale_bits:
+            scale = torch.where(scale == 0, 1, scale)
         if self.zero == "float":
             return torch.round((weight / scale).add_(zero)).clamp_(self.low, self.high)
         if self.offset:

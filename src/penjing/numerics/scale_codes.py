@@ -5,6 +5,7 @@
     nested  double quantisation of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, section 3): the mean of all scales is
             taken off, and the rest is quantised once more in blocks of 256, s = map[code] * block + offset, with the
             dynamic map of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861, section 2.2)
+    whole   a whole number times one number per 256 inputs of a row (GGUF's K-quants, see `super_blocks`)
 
 Powers of two are chosen by a named rule. With m = max|w| of the group and F the largest element (6 or 448), which is
 1.5 or 1.75 times 2**f:
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 ScaleRounding = Literal["floor", "round", "ceil"]
-CodedScale = Literal["e8m0", "e4m3", "nested"]
+CodedScale = Literal["e8m0", "e4m3", "nested", "whole"]
 
 BLOCK = 256
 """Scales that share one fp32 number when they are quantised once more."""
@@ -38,9 +39,9 @@ class ScaleCodes:
     """The scales of a matrix as a file holds them.
 
     kind    how they are coded
-    codes   uint8 (N, G): biased exponents, bit patterns of E4M3, or positions in `dynamic_map`
+    codes   uint8 (N, G): biased exponents, bit patterns of E4M3, or positions in `dynamic_map`; whole numbers are int8
     shared  fp32: (0,) for e8m0; (1,), the global scale, for e4m3; (1 + ceil(N * G / 256),), the offset followed by the
-            scale of every block in row order, for nested
+            scale of every block in row order, for nested; fp16 (N, S), what is multiplied, for whole
     """
 
     kind: CodedScale
@@ -53,17 +54,22 @@ class ScaleCodes:
             return power_of_two(self.codes.int() - _BIAS)
         if self.kind == "e4m3":
             return self.codes.view(torch.float8_e4m3fn).float() / self.shared
+        if self.kind == "whole":
+            each = self.codes.shape[1] // self.shared.shape[1]
+            return self.codes.float() * self.shared.float().repeat_interleave(each, 1)
         values = dynamic_map()[self.codes.int()].flatten()
         blocks = self.shared[1:].repeat_interleave(BLOCK)[: values.numel()]
         return (values * blocks + self.shared[0]).reshape(self.codes.shape)
 
     def nbytes(self) -> int:
-        """Bytes of codes and shared numbers."""
-        return self.codes.numel() + 4 * self.shared.numel()
+        """Bytes of codes, one each, and shared numbers."""
+        return self.codes.numel() + self.shared.element_size() * self.shared.numel()
 
     def rows(self, start: int, stop: int) -> ScaleCodes:
         """The same for outputs `start` to `stop` only; ValueError where that would cut a block of nested scales."""
         codes = self.codes[start:stop]
+        if self.kind == "whole":
+            return replace(self, codes=codes, shared=self.shared[start:stop])
         if self.kind != "nested" or len(codes) == len(self.codes):
             return replace(self, codes=codes)
         first = start * self.codes.shape[1]
@@ -75,7 +81,7 @@ class ScaleCodes:
 
 def shared_numbers(kind: CodedScale, count: int) -> int:
     """How many fp32 numbers `count` scales of a matrix share."""
-    return {"e8m0": 0, "e4m3": 1, "nested": 1 + -(-count // BLOCK)}[kind]
+    return {"e8m0": 0, "whole": 0, "e4m3": 1, "nested": 1 + -(-count // BLOCK)}[kind]
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ from torch import Tensor
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
 
-ScaleSearch = Literal["none", "diagonal", "gram"]
-"""What candidates are judged by: nothing is searched, mean squares of the inputs, or the group's Gram matrix."""
+ScaleSearch = Literal["none", "weights", "diagonal", "gram"]
+"""What candidates are judged by: nothing is searched, errors of the weights as they are, weighed by the mean squares of
+the inputs, or by the group's Gram matrix."""
 
 ROWS_AT_ONCE = 1024
 """Keeps what a candidate needs in the cache; rows do not affect each other."""
@@ -55,6 +56,8 @@ def metric_of_sweep(gram: Tensor, factor: Tensor, visited: Tensor, search: Scale
     factor   U of the inverse, columns in the order `visited`. An error e of a column ends up as (e / U[i, i])^2 in the
              loss, whatever comes after it: 1 / U[i, i]^2 is the metric (K,) of search `diagonal`
     """
+    if search == "weights":
+        return torch.ones(len(gram))
     if search != "diagonal":
         return gram if search == "gram" else None
     return torch.empty(len(gram), dtype=factor.dtype).index_copy_(0, visited, factor.diagonal().reciprocal().square())

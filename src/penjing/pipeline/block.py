@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from penjing.errors import CalibrationError, FormatError, VerificationError
 from penjing.formats.base import input_tensors
-from penjing.methods.base import BlockInput, BlockTask, Call, LinearFunction, LinearInput, TransformFunction
+from penjing.methods.base import BlockInput, BlockTask, Call, LinearFunction, LinearInput, Options, TransformFunction
 from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.numerics.activations import InputScale
@@ -276,7 +276,7 @@ class BlockCompressor:
         """Run a linear-level step; rows of linears that share an input go in one call when the method allows it."""
         together = step.definition.row_wise(step.options)
         stacks = clusters if together else [[name] for cluster in clusters for name in cluster]
-        done = side_by_side(lambda names: linear(self._linear_input(names), step.options), stacks)
+        done = side_by_side(lambda names: self._run_linear(linear, step.options, names), stacks)
         for names, (result, warned) in zip(stacks, done, strict=True):
             start = 0
             for name in names:
@@ -284,6 +284,10 @@ class BlockCompressor:
                 self.done[name] = result.rows(start, start + rows)
                 self.notes[name] += warned
                 start += rows
+
+    def _run_linear(self, linear: LinearFunction, options: Options, names: Sequence[str]) -> Representation:
+        given = self._linear_input(names)
+        return linear(given, options.for_matrix(tuple(given.weight.shape), given.storage_dtype))
 
     def _linear_input(self, names: Sequence[str]) -> LinearInput:
         weights = [self._current(name) for name in names]

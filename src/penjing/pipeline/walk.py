@@ -249,7 +249,7 @@ class Walk:
             error=result.error,
             error_kind=result.error_kind,
             tokens=result.tokens,
-            notes=(*result.notes, *([f"left dense: {row.note}"] if row.note else [])),
+            notes=(*result.notes, *([f"left dense: {row.note}"] if row.note else []), *filter(None, [row.remark])),
         )
 
     def _source(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:

@@ -24,6 +24,7 @@ class Quantized:
     grid        the grid the codes lie on
     group_index int32 (K,): the group each column belongs to; None when groups are consecutive columns
     scale_codes what a file holds instead of `scale`, which they decode to; None where it holds `scale`
+    zero_codes  the same for minima
     """
 
     codes: Tensor
@@ -32,6 +33,7 @@ class Quantized:
     grid: ScaledGrid
     group_index: Tensor | None = None
     scale_codes: ScaleCodes | None = None
+    zero_codes: ScaleCodes | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -60,6 +62,10 @@ class Quantized:
             return -(-rows * columns * self.grid.bits // 8) + self.grid.scale_bytes(self.codes.shape) + order
         scales = 1 if self.grid.group_size == "tensor" else self.scale.numel()
         zeros = 0 if self.zero_point is None else scales
+        if self.grid.scale_bits:
+            planes = 1 if self.zero_point is None else 2
+            shared = scales // self.grid.groups_per_block * self.grid.scale_dtype.itemsize
+            return -(-rows * columns * self.grid.bits // 8) + planes * (scales * self.grid.scale_bits // 8 + shared)
         order = 0 if self.group_index is None else columns * 4
         bits = self.grid.bits
         zero_bits = 8 * self.scale.element_size() if self.grid.zero != "integer" else bits
@@ -68,9 +74,14 @@ class Quantized:
     def rows(self, start: int, stop: int) -> Quantized:
         """The same for outputs `start` to `stop` only."""
         zero_point = None if self.zero_point is None else self.zero_point[start:stop]
-        scale, scale_codes = self.scale[start:stop], self.scale_codes and self.scale_codes.rows(start, stop)
-        codes = self.codes[start:stop]
-        return replace(self, codes=codes, scale=scale, zero_point=zero_point, scale_codes=scale_codes)
+        return replace(
+            self,
+            codes=self.codes[start:stop],
+            scale=self.scale[start:stop],
+            zero_point=zero_point,
+            scale_codes=self.scale_codes and self.scale_codes.rows(start, stop),
+            zero_codes=self.zero_codes and self.zero_codes.rows(start, stop),
+        )
 
 
 Coded = Quantized | Bilevel | BinaryCoded

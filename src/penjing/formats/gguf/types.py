@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from penjing.formats.gguf.blocks import Blocks, IntegerBlocks, TableBlocks, TernaryBlocks
+from penjing.formats.gguf.super_blocks import SuperBlocks
 from penjing.numerics.float_grids import FloatGrid
 from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import Grid, IntegerGrid
@@ -31,6 +32,8 @@ def blocks_of(grid: Grid) -> Blocks:
     if isinstance(grid, FloatGrid):
         return TableBlocks(grid)
     assert isinstance(grid, IntegerGrid)
+    if grid.scale_bits:
+        return SuperBlocks(grid)
     return TernaryBlocks(grid) if name == "TQ2_0" else IntegerBlocks(grid)
 
 

@@ -156,12 +156,14 @@ def transform(block: BlockInput, options: AWQOptions) -> Scales:
     for group in block.groups:
         if not _foldable(block.module, group):
             continue
+        activity = block.statistics[group.linears[0]][MeanAbs].value
+        resolved = options.for_matrix((1, len(activity)), block.storage_dtype)
         scales[group] = awq(
-            block.statistics[group.linears[0]][MeanAbs].value,
+            activity,
             [block.module.get_submodule(name) for name in group.linears],
             block.module.get_submodule(group.inside),
             block.calls[group.inside],
-            options.grid(block.storage_dtype),
+            resolved.grid(block.storage_dtype),
             steps=options.steps,
             scaling=options.scaling,
         )

@@ -82,7 +82,8 @@ class GPTQOptions(SearchedGridOptions):
     def _check_groups(self) -> Self:
         if not self.static_groups and isinstance(self.group_size, int) and not self.fits_group_by_group:
             raise ValueError(
-                "scales of type nvfp4 and double-quantised scales are coded together; they need `static_groups: true`"
+                "scales of type nvfp4 and of K-quants, and double-quantised ones, are coded together; they need "
+                "`static_groups: true`"
             )
         return self
 
@@ -149,7 +150,7 @@ def gptq(
     sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
     index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
-    return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes), kept)
+    return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes, fit.zero_codes), kept)
 
 
 def visiting_order(activity: Tensor, width: int, order: Order) -> Tensor:

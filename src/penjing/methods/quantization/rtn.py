@@ -17,6 +17,7 @@ Source: folklore; as the baseline of Frantar et al. 2023 (arXiv:2210.17323).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from penjing.methods.base import LinearInput
@@ -39,19 +40,21 @@ def rtn(
     weight = weight.float()
     if kept is not None:
         weight = weight * kept
-    scale, zero, scale_codes = fitted(weight, grid, metric)
-    columns = weight.shape[1]
-    codes = grid.encode(weight, grid.spread(scale, columns), grid.spread(zero, columns))
-    return with_mask(quantized(codes, scale, zero, grid, scale_codes=scale_codes), kept)
+    fit, columns = fitted(weight, grid, metric), weight.shape[1]
+    codes = grid.encode(weight, grid.spread(fit.scale, columns), grid.spread(fit.zero, columns))
+    coded = quantized(codes, fit.scale, fit.zero, grid, scale_codes=fit.scale_codes, zero_codes=fit.zero_codes)
+    return with_mask(coded, kept)
 
 
 def linear(given: LinearInput, options: SearchedGridOptions) -> Quantized | Masked:
     """Round one linear, or the stacked rows of several."""
     wanted = needs(options)
     metric = given.statistics[wanted[0]].value if wanted else None
+    if options.scale_search == "weights":
+        metric = torch.ones(given.weight.shape[1])
     return rtn(given.weight, options.grid(given.storage_dtype), kept=given.kept, metric=metric)
 
 
 def needs(options: SearchedGridOptions) -> tuple[StatisticType, ...]:
-    """Nothing, unless scales are searched."""
-    return {"none": (), "diagonal": (ColumnNorm,), "gram": (Gram,)}[options.scale_search]
+    """Nothing, unless scales are searched by what errors cost."""
+    return {"none": (), "weights": (), "diagonal": (ColumnNorm,), "gram": (Gram,)}[options.scale_search]
