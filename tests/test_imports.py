@@ -18,6 +18,7 @@ ORDER = [
     "tables",
     "api",
     "pipeline",
+    "engines",
     "evaluation",
     "planning",
     "targets",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from penjing.transformers_hook import install as _install_loader
 
 if TYPE_CHECKING:
-    from penjing.api import allocate, compare, compress, evaluate, inspect, plan, verify
+    from penjing.api import allocate, bench, compare, compress, evaluate, inspect, plan, verify
     from penjing.errors import PenjingError
     from penjing.formats import FORMATS
     from penjing.methods import METHODS
@@ -34,6 +34,7 @@ __all__ = [
     "QuantizedCache",
     "Recipe",
     "allocate",
+    "bench",
     "compare",
     "compress",
     "evaluate",

@@ -16,6 +16,7 @@ from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from penjing.engines.bench import Bench, Load
     from penjing.evaluation.metrics import Quality
     from penjing.evaluation.report import Report
     from penjing.evaluation.windows import Protocol
@@ -293,3 +294,26 @@ def _require_same_vocabulary(checkpoint: Checkpoint, layout: Layout, reference: 
             f"{checkpoint.label} has a vocabulary of {found} tokens and the reference one of {expected}; "
             "their predictions cannot be compared token by token"
         )
+
+
+def bench(
+    models: Sequence[Model],
+    engines: Sequence[str] = (),
+    *,
+    load: Load | None = None,
+    threads: int | None = None,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Bench:
+    """How fast models are in engines, and how much memory they take there; see `penjing.engines.bench`.
+
+    engines  "llamacpp", "transformers:float32", ...; none: the one that each model's files are made for
+    load     batch sizes, prompt lengths, tokens decoded, rounds
+
+    Raises EngineError when no engine takes any of the models, MissingDependency for an engine that is not installed.
+    """
+    from penjing.engines import bench as benchmark
+
+    return benchmark.bench(
+        models, engines, load=load, threads=threads, progress=progress, trust_remote_code=trust_remote_code
+    )

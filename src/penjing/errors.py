@@ -38,6 +38,10 @@ class ResumeError(OutputError):
     """An interrupted run cannot be resumed because recipe, model, data or software changed; says which."""
 
 
+class EngineError(PenjingError):
+    """An inference engine does not take a model, or fails on it; says what the engine said."""
+
+
 class MissingDependency(PenjingError):
     """An optional package is needed; the message is the one line that installs it."""
 

@@ -85,15 +85,20 @@ def _reset_mark() -> bool:
     return False
 
 
+def high_water_mark(process: int) -> int:
+    """Largest resident memory so far of another process, in bytes; 0 where the system does not tell."""
+    return _status("VmHWM", str(process))
+
+
 def _high_water_mark() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _status(key: str) -> int:
-    """A size in bytes from /proc/self/status, 0 where there is none."""
+def _status(key: str, process: str = "self") -> int:
+    """A size in bytes from /proc/.../status, 0 where there is none."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        for line in Path("/proc", process, "status").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name == key:
                 return int(value.split()[0]) * 1024

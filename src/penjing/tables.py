@@ -62,11 +62,22 @@ def architectures() -> Rows:
     return [{"model_type": model_type, "family": family} for model_type, family in FAMILIES.items()]
 
 
+def engines() -> Rows:
+    """Every engine, what it loads, its version here or how to install it."""
+    from penjing.engines import ENGINES
+
+    return [
+        {"name": name, "summary": engine.summary, "here": engine.version() or f"no: {engine.install}"}
+        for name, engine in ENGINES.items()
+    ]
+
+
 LISTINGS: dict[str, Callable[[], Rows]] = {
     "methods": methods,
     "recipes": recipes,
     "formats": formats,
     "architectures": architectures,
+    "engines": engines,
 }
 
 
@@ -173,6 +184,33 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
 
     caches = [cache_line(result["kv_cache"]) for result in results[-1:] if result["kv_cache"]]
     return Group(table, "", *caches, escape(results[-1]["protocol"]["sentence"]))
+
+
+def bench(result: Mapping[str, Any]) -> Group:
+    """Output of `Bench.as_dict()`: a line per model, engine, batch size and prompt length; medians and quartiles."""
+    table = _table("model", "engine", "batch", "prompt", "prefill, tokens/s", "decode, tokens/s", "of the limit")
+    loading = _table(
+        "model", "engine", "dtype", "files", "loads in", "peak memory", "reads per token", "limit, tokens/s"
+    )
+    for row in result["rows"]:
+        name, engine = escape(row["model"]), f"{row['engine']} {row['version']}"
+        for speed in row["speeds"]:
+            limit = row["ceiling"] and f"{speed['decode']['median'] / row['ceiling'] / speed['batch']:.0%}"
+            spreads = (_spread(speed["prefill"]), _spread(speed["decode"]))
+            table.add_row(name, engine, str(speed["batch"]), str(speed["length"]), *spreads, limit or "")
+        reads = readable_bytes(row["read_per_token"]) if row["read_per_token"] else ""
+        sizes = (readable_bytes(row["file_bytes"]), f"{row['load_seconds']:.2f} s", readable_bytes(row["peak_memory"]))
+        loading.add_row(name, engine, row["dtype"], *sizes, reads, f"{row['ceiling']:.0f}" if row["ceiling"] else "")
+    rate = readable_bytes(result["bandwidth"])
+    note = (
+        f"{result['threads']} threads; memory is read at {rate}/s, which limits decoding at batch 1 to the last column."
+    )
+    return Group(table, "", loading, "", note, *(f"left out: {escape(reason)}" for reason in result["skipped"]))
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    digits = 0 if spread["median"] >= 100 else 1
+    return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f} to {spread['high']:.{digits}f})"
 
 
 def _rows(modules: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:

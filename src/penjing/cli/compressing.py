@@ -1,0 +1,140 @@
+"""Verbs that look at a model and make a smaller one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from penjing.cli.options import (
+    DataOption,
+    FormatOption,
+    JsonOption,
+    LengthOption,
+    Listing,
+    ModelArgument,
+    RecipeOption,
+    SamplesOption,
+    SeedOption,
+    SensitivityName,
+    TrustOption,
+)
+from penjing.cli.output import show, working
+
+if TYPE_CHECKING:
+    from penjing.recipe import Recipe
+
+
+def inspect(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: TrustOption = False) -> None:
+    """Show what a model is made of; reads headers, no weights."""
+    from penjing import api, tables
+
+    with working():
+        result = api.inspect(model, trust_remote_code=trust_remote_code)
+    show(result.as_dict(), tables.inspection, as_json)
+
+
+def list_(what: Annotated[Listing, typer.Argument(help="what to list")], as_json: JsonOption = False) -> None:
+    """List what Penjing knows."""
+    from penjing import tables
+
+    show(tables.LISTINGS[what](), tables.listing, as_json)
+
+
+def plan(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    format: FormatOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Say what a recipe would do to a model, tensor by tensor, and every problem; reads no weights."""
+    from penjing import api, tables
+
+    chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
+    with working():
+        result = api.plan(model, chosen, trust_remote_code=trust_remote_code)
+    show(result.as_dict(), tables.plan, as_json)
+
+
+def allocate(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="a new file for the recipe")],
+    budget: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="of the whole model: 80MB")] = None,
+    bits: Annotated[float | None, typer.Option(min=0, help="per weight of the linears, scales included")] = None,
+    choices: Annotated[
+        str, typer.Option(metavar="LIST", help="bits, bits with a group size (3g64), `dense`")
+    ] = "2,3,4,6,8",
+    by: Annotated[
+        SensitivityName,
+        typer.Option(help="estimate of losses: relative output error, expected from gradients, measured KL"),
+    ] = SensitivityName.gradient,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    format: FormatOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Choose bits for every linear within a budget, by measured losses; writes a recipe for `compress`."""
+    from penjing import api, tables
+
+    chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
+    with working() as progress:
+        result = api.allocate(
+            model,
+            chosen,
+            budget=budget,
+            bits=bits,
+            choices=choices,
+            by=by.value,
+            output=output,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    show(result.as_dict(), tables.allocation, as_json)
+
+
+def compress(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a new directory, or one to resume in")],
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    format: FormatOption = None,
+    seed: SeedOption = None,
+    evaluated: Annotated[bool, typer.Option("--eval/--no-eval", help="measure the result")] = True,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compress a model, verify what was written, and measure it. Killed? Run the same command again: it resumes."""
+    from penjing import api, tables
+
+    chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
+    with working() as progress:
+        report = api.compress(
+            model, chosen, output, progress=progress, evaluated=evaluated, trust_remote_code=trust_remote_code
+        )
+    show(report.as_dict(), tables.report, as_json)
+
+
+def _recipe(name: str, format: str | None, **calibration: Any) -> Recipe:
+    """The named recipe with what the command line overrides, validated again."""
+    from penjing.recipe import load_recipe
+
+    recipe = load_recipe(name)
+    changed = {key: value for key, value in calibration.items() if value is not None}
+    if not changed and format is None:
+        return recipe
+    keys = recipe.as_dict()
+    keys["calibration"] |= changed
+    keys["format"] = format or keys["format"]
+    return load_recipe(keys)

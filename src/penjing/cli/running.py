@@ -1,0 +1,65 @@
+"""Verbs that run models where people run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penjing.cli.options import MODEL_HELP, JsonOption, ThreadsOption, TrustOption
+from penjing.cli.output import show, working
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a directory that `penjing compress` wrote")],
+    as_json: JsonOption = False,
+) -> None:
+    """Load a written model back as a user would and compare it with what its report promises."""
+    from penjing import api, tables
+
+    with working() as progress:
+        result = api.verify(directory, progress=progress)
+    show(result.as_dict(), tables.facts, as_json)
+
+
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    engines: Annotated[
+        list[str] | None,
+        typer.Option("--engine", "-e", metavar="ENGINE[:DTYPE]", help="may be given more than once  [by the files]"),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="LIST", help="batch sizes")] = "1",
+    length: Annotated[str, typer.Option(metavar="LIST", help="prompt lengths in tokens")] = "128,512",
+    steps: Annotated[int, typer.Option(min=1, help="tokens decoded after each prompt")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="over all models in turn, after one that warms up")] = 5,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Time models in the engines that run them: prefill, decode, loading, memory, and the limit of memory bandwidth."""
+    from penjing import api, tables
+    from penjing.engines.bench import Load
+
+    load = Load(numbers(batch, "--batch"), numbers(length, "--length"), steps, rounds)
+    with working() as progress:
+        result = api.bench(
+            models,
+            engines or (),
+            load=load,
+            threads=threads,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    show(result.as_dict(), tables.bench, as_json)
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """ "1,4" -> (1, 4). Raises BadParameter, which ends in exit code 2."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{option} takes positive numbers with commas between them, not {text!r}")
+    return found
