@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from penjing.transformers_hook import install as _install_loader
 
 if TYPE_CHECKING:
-    from penjing.api import allocate, bench, compare, compress, evaluate, inspect, plan, verify
+    from penjing.api import allocate, bench, compare, compress, evaluate, export, inspect, plan, serve, verify
+    from penjing.engines import ENGINES
+    from penjing.engines.chat import Talk
     from penjing.errors import PenjingError
     from penjing.formats import FORMATS
     from penjing.methods import METHODS
@@ -27,30 +29,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ENGINES",
     "FORMATS",
     "METHODS",
     "KVCache",
     "PenjingError",
     "QuantizedCache",
     "Recipe",
+    "Talk",
     "allocate",
     "bench",
     "compare",
     "compress",
     "evaluate",
+    "export",
     "inspect",
     "load_recipe",
     "plan",
+    "serve",
     "verify",
 ]
 
 _HOME = {
+    "ENGINES": "penjing.engines",
     "FORMATS": "penjing.formats",
     "KVCache": "penjing.methods.quantization.kivi",
     "METHODS": "penjing.methods",
     "PenjingError": "penjing.errors",
     "QuantizedCache": "penjing.runtime.kv_cache",
     "Recipe": "penjing.recipe",
+    "Talk": "penjing.engines.chat",
     "load_recipe": "penjing.recipe",
 }
 

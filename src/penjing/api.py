@@ -17,11 +17,14 @@ from penjing.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from penjing.engines.bench import Bench, Load
+    from penjing.engines.serving import Serving
     from penjing.evaluation.metrics import Quality
     from penjing.evaluation.report import Report
     from penjing.evaluation.windows import Protocol
     from penjing.methods.quantization.kivi import KVCache
     from penjing.pipeline.allocation import Allocation
+    from penjing.pipeline.engine_check import EngineCheck
+    from penjing.pipeline.export import Exported
     from penjing.pipeline.measure import Candidate
     from penjing.pipeline.sensitivity import Sensitivity
     from penjing.pipeline.verification import Verification
@@ -198,13 +201,27 @@ def compress(
     return job.run(made, progress)
 
 
-def verify(directory: str | Path, *, progress: Progress = _silent, trust_remote_code: bool = False) -> Verification:
+def verify(
+    directory: str | Path,
+    *,
+    engine: str | None = None,
+    against: Model | None = None,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Verification | EngineCheck:
     """Load what `compress` wrote as a user would and compare its logits with those it had in memory.
+
+    engine   load any model in this engine instead, and compare with what Penjing computes from its weights
+    against  the model whose weights are read, where Penjing cannot read those of `directory`
 
     Raises VerificationError naming what differs.
     """
-    from penjing.pipeline import verification
+    from penjing.pipeline import engine_check, verification
 
+    if engine is not None:
+        return engine_check.check(
+            directory, engine, against=against, progress=progress, trust_remote_code=trust_remote_code
+        )
     progress("verify", 0, 1, str(directory))
     result = verification.verify(Path(directory), engine=True, trust_remote_code=trust_remote_code)
     progress("verify", 1, 1, str(directory))
@@ -316,4 +333,39 @@ def bench(
 
     return benchmark.bench(
         models, engines, load=load, threads=threads, progress=progress, trust_remote_code=trust_remote_code
+    )
+
+
+def export(
+    model: Model,
+    to: str,
+    output: str | Path,
+    *,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a model in another format with the codes that it has, nothing quantised anew.
+
+    Raises PlanError naming what the format cannot hold and which formats can, before anything is written;
+    VerificationError when what was written is not the model that was read.
+    """
+    from penjing.pipeline import export as exporting
+
+    return exporting.export(model, to, Path(output), progress=progress, trust_remote_code=trust_remote_code)
+
+
+def serve(
+    model: Model,
+    *,
+    port: int = 8000,
+    context: int = 4096,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Serving:
+    """The commands that serve a model with llama-server, vLLM or transformers; nothing is started."""
+    from penjing.engines import serving
+    from penjing.engines.process import default_threads
+
+    return serving.serve(
+        model, port=port, context=context, threads=threads or default_threads(), trust_remote_code=trust_remote_code
     )

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from penjing.evaluation.size import readable_bytes, readable_seconds
 
@@ -206,6 +207,18 @@ def bench(result: Mapping[str, Any]) -> Group:
         f"{result['threads']} threads; memory is read at {rate}/s, which limits decoding at batch 1 to the last column."
     )
     return Group(table, "", loading, "", note, *(f"left out: {escape(reason)}" for reason in result["skipped"]))
+
+
+def serving(result: Mapping[str, Any]) -> Group:
+    """Output of `Serving.as_dict()`: a command per server, on a line of its own so that it can be copied."""
+    lines = []
+    for command in result["commands"]:
+        note = f": {escape(command['note'])}" if command["note"] else ""
+        lines += [
+            Text(f"# {command['engine']}{note}", "dim"),
+            Text(command["command"], overflow="ignore", no_wrap=True),
+        ]
+    return Group(*lines, Text(f"# then talk to {result['address']} as to OpenAI's", "dim"))
 
 
 def _spread(spread: Mapping[str, float]) -> str:

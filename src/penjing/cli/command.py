@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from penjing import __version__
-from penjing.cli import compressing, measuring, running
+from penjing.cli import compressing, measuring, running, talking
 from penjing.cli.output import complain
 from penjing.errors import PenjingError
 
@@ -48,7 +48,10 @@ VERBS: dict[str, Callable[..., Any]] = {
     "eval": measuring.evaluate,
     "compare": measuring.compare,
     "verify": running.verify,
+    "export": running.export,
     "bench": running.bench,
+    "chat": talking.chat,
+    "serve": running.serve,
 }
 """In the order that `penjing --help` shows."""
 

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 def show(result: Any, table: Callable[[Any], RenderableType], as_json: bool) -> None:
     """Print the result on standard output: strict JSON (infinities become null), or a table as wide as the terminal."""
     if as_json:
-        strict = json.loads(json.dumps(result), parse_constant=lambda _: None)
-        print(json.dumps(strict, indent=2, ensure_ascii=False))
+        show_json(result)
     else:
         Console().print(table(result))
+
+
+def show_json(result: Any) -> None:
+    """Print strict JSON."""
+    strict = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    print(json.dumps(strict, indent=2, ensure_ascii=False))
 
 
 @contextmanager

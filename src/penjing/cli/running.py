@@ -7,19 +7,44 @@ from typing import Annotated
 
 import typer
 
-from penjing.cli.options import MODEL_HELP, JsonOption, ThreadsOption, TrustOption
+from penjing.cli.options import MODEL_HELP, EngineOption, JsonOption, ModelArgument, ThreadsOption, TrustOption
 from penjing.cli.output import show, working
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a directory that `penjing compress` wrote")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="a directory that `penjing compress` wrote")],
+    engine: EngineOption = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="with --engine: whose weights to compare with  [its own]")
+    ] = None,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
-    """Load a written model back as a user would and compare it with what its report promises."""
+    """Load a written model back as a user would and compare it with what its report promises.
+
+    With --engine: load any model in that engine and compare its logits with those that Penjing computes.
+    """
     from penjing import api, tables
 
     with working() as progress:
-        result = api.verify(directory, progress=progress)
+        result = api.verify(
+            model, engine=engine, against=against, progress=progress, trust_remote_code=trust_remote_code
+        )
+    show(result.as_dict(), tables.facts, as_json)
+
+
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="see `penjing list formats`")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a new directory")],
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write a model in another format, with the codes that it has: nothing is quantised anew."""
+    from penjing import api, tables
+
+    with working() as progress:
+        result = api.export(model, to, output, progress=progress, trust_remote_code=trust_remote_code)
     show(result.as_dict(), tables.facts, as_json)
 
 
@@ -52,6 +77,22 @@ def bench(
             trust_remote_code=trust_remote_code,
         )
     show(result.as_dict(), tables.bench, as_json)
+
+
+def serve(
+    model: ModelArgument,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of this machine")] = 8000,
+    context: Annotated[int, typer.Option(min=16, help="tokens that prompt and answer may take")] = 4096,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Print the commands that serve a model: llama-server, vLLM, transformers. Starts nothing."""
+    from penjing import api, tables
+
+    with working():
+        result = api.serve(model, port=port, context=context, threads=threads, trust_remote_code=trust_remote_code)
+    show(result.as_dict(), tables.serving, as_json)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
