@@ -21,6 +21,7 @@ ORDER = [
     "engines",
     "evaluation",
     "planning",
+    "rules",
     "targets",
     "costs",
     "recipe",

@@ -21,10 +21,10 @@ from penjing.methods.base import Rewriting
 from penjing.models import layout_of
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.models.shorter import shortened
-from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
+from penjing.rules import blocks_to_drop, check_fused, check_step, describe, pattern_problems
 from penjing.targets import selected
 
 DENSE = Scheme()
@@ -145,25 +145,6 @@ class Plan:
         }
 
 
-def describe(scheme: Scheme) -> str:
-    """A scheme in the field's shorthand: "W4 g64 symmetric", "2:4 sparse", "dense"."""
-    words = []
-    if scheme.pattern:
-        words.append(f"{scheme.pattern[0]}:{scheme.pattern[1]} sparse")
-    elif scheme.sparsity:
-        words.append(f"{scheme.sparsity:.0%} sparse")
-    if scheme.grid:
-        activations = f"A{scheme.activations.bits}" if scheme.activations else ""
-        words.append(f"W{scheme.grid.bits}{activations} {scheme.grid.label}")
-    if scheme.activations and scheme.activations.label:
-        words.append(scheme.activations.label)
-    if scheme.columns:
-        words.append(f"{scheme.columns} columns dense")
-    if scheme.outliers:
-        words.append(f"about {scheme.outliers:.1%} outliers dense")
-    return ", ".join(words) or "dense"
-
-
 def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
     """Resolve `recipe` for a model. Raises PlanError naming module, rule and fix; reads no weight."""
     if format_of(checkpoint.config).name != "dense":
@@ -235,7 +216,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     weights = {row.module: row.scheme for row in rows if "weight" in row.module.tensors}
     if conflicts := target.conflicts(weights):
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
-    _check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
+    check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
     warnings = [f"{row.module.name} stays dense: {row.note}" for row in rows if row.note]
     remarks = Counter(row.remark for row in rows if row.remark)
     warnings += [f"{count} module{'s' if count > 1 else ''}: {remark}" for remark, count in remarks.items()]
@@ -253,7 +234,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         layout=layout,
         dtype=dtype,
         rows=tuple(rows),
-        drop=_blocks_to_drop(recipe, layout),
+        drop=blocks_to_drop(recipe, layout),
         warnings=tuple(warnings),
         memory=peak_memory(recipe, layout),
         seconds=operations(recipe, [(row.module, row.steps) for row in rows]) / matmul_rate(compute_dtype()),
@@ -317,14 +298,14 @@ def _resolve(
     scheme = given
     for number in steps:
         step = recipe.steps[number]
-        _check_step(module, scheme, step, [recipe.steps[other] for other in steps if other < number])
+        check_step(module, scheme, step, [recipe.steps[other] for other in steps if other < number])
         try:
             scheme = step.options.for_matrix(module.shape, dtype).scheme(scheme, dtype)
         except ValueError as error:
             raise PlanError(f"{step.label} on {module.name}: {error}") from error
         if step.activations:
             scheme = replace(scheme, activations=step.activations.chosen())
-    problems = [] if scheme.dense else [*_pattern_problems(module, scheme), *target.problems(module, scheme)]
+    problems = [] if scheme.dense else [*pattern_problems(module, scheme), *target.problems(module, scheme)]
     if problems:
         if recipe.on_unsupported == "error":
             raise PlanError(
@@ -334,66 +315,3 @@ def _resolve(
     found = [recipe.steps[number].options.remark(module.shape) for number in steps]
     remark = "; ".join(text for text in found if text)
     return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype), given=given, remark=remark)
-
-
-def _pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
-    """N:M needs rows of whole groups, whatever the format."""
-    columns = module.shape[1]
-    if scheme.pattern is None or columns % scheme.pattern[1] == 0:
-        return []
-    return [f"the {columns} inputs of {module.name} are not a multiple of the {scheme.pattern[1]} of the pattern"]
-
-
-def _check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence[Step]) -> None:
-    label = f"{step.label} on {module.name}"
-    if any(other.definition.tune for other in earlier):
-        raise PlanError(f"{label}: an earlier step trains the finished model; move that step to the end")
-    if (step.definition.linear or step.definition.learn) and before.grid is not None:
-        raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
-    if step.definition.transform is not None and earlier:
-        raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
-    if module.kind == "embedding" and step.definition.needs(step.options):
-        raise PlanError(
-            f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step "
-            "of their own, `method: rtn` with `targets: [embedding]`"
-        )
-    if compares(step) and ".experts." in module.name:
-        raise PlanError(
-            f"{label}: the method compares the inputs of a linear with those in the dense model, but other tokens may "
-            "reach this expert there; give `*.experts.*` a step of their own without `asymmetric`"
-        )
-    if step.definition.tune is not None and (not _has_free_scales(before) or before.activations is not None):
-        raise PlanError(
-            f"{label}: it trains scales of integer weights, per group or channel, where inputs are not rounded; put it "
-            "after the step that quantises, without `activations`, and target only what that step targets"
-        )
-    if step.activations and not (step.definition.linear or step.definition.learn):
-        raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
-    if step.activations and step.options.scheme(Scheme(), torch.float32).activations:
-        raise PlanError(f"{label}: the method says itself how inputs are rounded; drop `activations`")
-
-
-def _has_free_scales(scheme: Scheme) -> bool:
-    return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
-
-
-def _check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -> None:
-    """Engines merge q, k, v and gate, up: those must share a scheme, or the engine decodes garbage."""
-    if target.name != "compressed-tensors":
-        return
-    for index, groups in enumerate(layout.groups):
-        for group in groups:
-            names = [f"{layout.block_name(index)}.{linear}" for linear in group.linears]
-            if group.fused and len({schemes[name] for name in names}) > 1:
-                listed = ", ".join(f"{name}: {describe(schemes[name])}" for name in names)
-                raise PlanError(
-                    f"engines merge these linears into one matrix, so they need the same scheme: {listed}. "
-                    "Target or ignore them together, or use format native"
-                )
-
-
-def _blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
-    total = sum(getattr(step.options, "drop", 0) for step in recipe.steps if step.definition.select is not None)
-    if total >= layout.blocks:
-        raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
-    return total

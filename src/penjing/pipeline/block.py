@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.numerics.activations import InputScale
 from penjing.numerics.observers import static_scale
+from penjing.pipeline.block_tensors import BlockTensors, relative_error
 from penjing.pipeline.fold import fold, foldable
 from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
 from penjing.pipeline.parallel import side_by_side
@@ -26,7 +27,7 @@ from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, Masked, Representation
-from penjing.statistics import Gram, Statistics, StatisticType, compares
+from penjing.statistics import Statistics, StatisticType, compares
 
 
 @dataclass
@@ -55,41 +56,6 @@ class Lesson:
     inputs: Tensor
     targets: Tensor
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-
-
-class BlockTensors(MutableMapping[str, Tensor]):
-    """Parameters of one block in fp32 by name inside the block, linears as (out, in); read from disk when asked for.
-
-    Only tensors that a step has changed are kept in memory.
-    """
-
-    def __init__(self, load: Callable[[str], Tensor], modules: Sequence[ModuleSpec], prefix: str) -> None:
-        self._load = load
-        self._source = {
-            name.removeprefix(prefix): (name, module.transposed and key == "weight")
-            for module in modules
-            for key, name in zip(module.tensors, module.tensor_names(), strict=True)
-        }
-        self.changed: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.changed:
-            return self.changed[name]
-        full, transposed = self._source[name]
-        tensor = self._load(full)
-        return (tensor.T.contiguous() if transposed else tensor).float()
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        self.changed[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.changed[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
 
 class BlockCompressor:
@@ -376,23 +342,3 @@ class BlockCompressor:
 
 def _all_kept(mask: Tensor | None, weight: Tensor) -> Tensor:
     return torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
-
-
-ERROR_ROWS = 2048
-"""Rows of a weight on which its output error is measured: more would cost as much as the compression itself."""
-
-
-def relative_error(weight: Tensor, compressed: Tensor, statistics: Statistics | None) -> tuple[float, str]:
-    """||(W - W')X|| / ||WX|| when a Gram matrix of the inputs is at hand, else ||W - W'|| / ||W||; both (N, K) fp32.
-
-    The output error of a weight with more than `ERROR_ROWS` rows is that of as many of them, evenly spaced.
-    """
-    gram = statistics.get(Gram) if statistics else None
-    if gram is None:
-        tiny = torch.finfo(torch.float32).tiny
-        return float((weight - compressed).norm() / weight.norm().clamp(min=tiny)), "weight"
-    step = -(-weight.shape[0] // ERROR_ROWS)
-    weight, difference = weight[::step], (weight - compressed)[::step]
-    lost = ((difference @ gram.value) * difference).sum(dtype=torch.float64)
-    total = ((weight @ gram.value) * weight).sum(dtype=torch.float64)
-    return float((lost.clamp(min=0) / total.clamp(min=1e-30)).sqrt()), "output"

@@ -18,7 +18,7 @@ from penjing.methods.allocation.sensitivity import expected_kl, extrapolated, ou
 from penjing.methods.base import LinearInput
 from penjing.models import find
 from penjing.models.layout import Layout
-from penjing.pipeline.block import BlockTensors
+from penjing.pipeline.block_tensors import BlockTensors
 from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.gradients import SquaredGradients, squared_gradients
 from penjing.pipeline.observe import EnoughSeen, Observer

@@ -31,7 +31,8 @@ from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
 from penjing.pipeline.weights import LiveModule, Weights, decode_module, modules_outside_blocks
-from penjing.planning import Plan, PlanRow, describe
+from penjing.planning import Plan, PlanRow
+from penjing.rules import describe
 from penjing.statistics import BlockStatisticType
 
 Progress = Callable[[str, int, int, str], None]

@@ -1,0 +1,99 @@
+"""What a plan refuses: steps that cannot follow each other, schemes that engines would misread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from penjing.costs import compares
+from penjing.errors import PlanError
+from penjing.formats import Format
+from penjing.models.layout import Layout, ModuleSpec
+from penjing.numerics.grids import IntegerGrid
+from penjing.recipe import Recipe, Step
+from penjing.representations import Scheme
+
+
+def describe(scheme: Scheme) -> str:
+    """A scheme in the field's shorthand: "W4 g64 symmetric", "2:4 sparse", "dense"."""
+    words = []
+    if scheme.pattern:
+        words.append(f"{scheme.pattern[0]}:{scheme.pattern[1]} sparse")
+    elif scheme.sparsity:
+        words.append(f"{scheme.sparsity:.0%} sparse")
+    if scheme.grid:
+        activations = f"A{scheme.activations.bits}" if scheme.activations else ""
+        words.append(f"W{scheme.grid.bits}{activations} {scheme.grid.label}")
+    if scheme.activations and scheme.activations.label:
+        words.append(scheme.activations.label)
+    if scheme.columns:
+        words.append(f"{scheme.columns} columns dense")
+    if scheme.outliers:
+        words.append(f"about {scheme.outliers:.1%} outliers dense")
+    return ", ".join(words) or "dense"
+
+
+def pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
+    """N:M needs rows of whole groups, whatever the format."""
+    columns = module.shape[1]
+    if scheme.pattern is None or columns % scheme.pattern[1] == 0:
+        return []
+    return [f"the {columns} inputs of {module.name} are not a multiple of the {scheme.pattern[1]} of the pattern"]
+
+
+def check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence[Step]) -> None:
+    """Whether `step` may follow the `earlier` ones on a module of scheme `before`. Raises PlanError."""
+    label = f"{step.label} on {module.name}"
+    if any(other.definition.tune for other in earlier):
+        raise PlanError(f"{label}: an earlier step trains the finished model; move that step to the end")
+    if (step.definition.linear or step.definition.learn) and before.grid is not None:
+        raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
+    if step.definition.transform is not None and earlier:
+        raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
+    if module.kind == "embedding" and step.definition.needs(step.options):
+        raise PlanError(
+            f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step "
+            "of their own, `method: rtn` with `targets: [embedding]`"
+        )
+    if compares(step) and ".experts." in module.name:
+        raise PlanError(
+            f"{label}: the method compares the inputs of a linear with those in the dense model, but other tokens may "
+            "reach this expert there; give `*.experts.*` a step of their own without `asymmetric`"
+        )
+    if step.definition.tune is not None and (not _has_free_scales(before) or before.activations is not None):
+        raise PlanError(
+            f"{label}: it trains scales of integer weights, per group or channel, where inputs are not rounded; put it "
+            "after the step that quantises, without `activations`, and target only what that step targets"
+        )
+    if step.activations and not (step.definition.linear or step.definition.learn):
+        raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
+    if step.activations and step.options.scheme(Scheme(), torch.float32).activations:
+        raise PlanError(f"{label}: the method says itself how inputs are rounded; drop `activations`")
+
+
+def _has_free_scales(scheme: Scheme) -> bool:
+    return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
+
+
+def check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -> None:
+    """Engines merge q, k, v and gate, up: those must share a scheme, or the engine decodes garbage."""
+    if target.name != "compressed-tensors":
+        return
+    for index, groups in enumerate(layout.groups):
+        for group in groups:
+            names = [f"{layout.block_name(index)}.{linear}" for linear in group.linears]
+            if group.fused and len({schemes[name] for name in names}) > 1:
+                listed = ", ".join(f"{name}: {describe(schemes[name])}" for name in names)
+                raise PlanError(
+                    f"engines merge these linears into one matrix, so they need the same scheme: {listed}. "
+                    "Target or ignore them together, or use format native"
+                )
+
+
+def blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
+    """How many blocks the recipe's selecting steps remove. Raises PlanError when none would be left."""
+    total = sum(getattr(step.options, "drop", 0) for step in recipe.steps if step.definition.select is not None)
+    if total >= layout.blocks:
+        raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
+    return total
