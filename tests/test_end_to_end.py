@@ -36,8 +36,8 @@ NO_NORM_BEFORE = ("olmo2",)
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe on a tiny model. `exact`: the plan can know the bytes, since no step prunes or keeps a
-    fraction."""
+    """A recipe on a tiny model. `exact`: the plan can know the bytes, since no step prunes, keeps a fraction or lets
+    sizes follow from frequencies."""
 
     steps: tuple[Step, ...]
     format: str = "compressed-tensors"
@@ -47,7 +47,10 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        return not any("sparsity" in step or step.get("outliers", step["method"] == "spqr") for step in self.steps)
+        return not any(
+            "sparsity" in step or "huffman" in step or step.get("outliers", step["method"] == "spqr")
+            for step in self.steps
+        )
 
 
 def step(method: str, **keys: Any) -> Step:
@@ -164,6 +167,32 @@ ONLY_NATIVE: dict[str, Case] = {
     "wanda, bcq": Case((step("wanda", sparsity=0.3), step("bcq", bits=1, group_size=16)), "native", "opt"),
     "bcq uniform": Case((step("bcq", bits=4, levels="uniform", group_size=32, offset=True),), "native", "gpt_neox"),
     "bcq, dense": Case((step("bcq", group_size=32, objective="weights"),), "dense"),
+    "svd": Case((step("svd", rank=20),), "native"),
+    "svd, head and embedding": Case((step("svd", rank=16, targets=["linear", "embedding", "lm_head"]),), "native"),
+    "asvd": Case((step("asvd", ratio=0.7, multiple=1),), "native", "gpt_neox"),
+    "svd-llm": Case((step("svd-llm", ratio=0.7),), "native"),
+    "svd-llm, bfloat16": Case((step("svd-llm", ratio=0.7),), "native", "qwen2", {"dtype": "bfloat16"}),
+    "svd-llm, dense": Case((step("svd-llm", ratio=0.7),), "dense"),
+    "svd-llm, gptq": Case((step("svd-llm", ratio=0.7), four("gptq", group_size=16)), "native", "gpt2"),
+    "svd, bcq": Case((step("svd", ratio=0.9), step("bcq", group_size="channel", objective="weights")), "native", "opt"),
+    "svd-llm, experts, kmeans": Case((step("svd-llm", ratio=0.7), step("kmeans", weighted=False)), "native", "mixtral"),
+    "pca": Case((step("pca", ratio=0.7),), "native", "gemma2"),
+    "nmf": Case((step("nmf", ratio=0.7, rounds=3),), "native"),
+    "nmf split": Case((step("nmf", rank=7, rounds=3, form="split"),), "native", "phi3"),
+    "lqer": Case((step("lqer", rank=4, group_size=32),), "native", "qwen3_moe"),
+    "lqer on the weights": Case(
+        (step("lqer", rank=4, base="rtn", objective="weights", factor_bits=None, rounds=2),), "native", "gpt2"
+    ),
+    "wanda, lqer": Case((step("wanda", sparsity=0.3), step("lqer", rank=3, group_size=40)), "native"),
+    "tensor-train": Case((step("tensor-train", rank=2, targets=["embedding"]),), "native"),
+    "tensor-train, tied": Case((step("tensor-train", cores=2, targets=["embedding"]),), "native", "gemma3"),
+    "kmeans": Case((step("kmeans", bits=3),), "native"),
+    "kmeans compensated, groups": Case((step("kmeans", group_size=24, compensate=True),), "native", "gpt2"),
+    "kmeans, embedding": Case((step("kmeans", weighted=False, targets=["linear", "lm_head"]),), "native", "qwen3"),
+    "deep compression": Case(
+        (step("wanda", sparsity=0.7), step("kmeans", bits=5, group_size="tensor", huffman=True)), "native"
+    ),
+    "kmeans huffman, experts": Case((step("kmeans", huffman=True),), "native", "mixtral"),
     "groups that do not divide": Case((four("rtn", bits=3, group_size=40, targets=["linear", "embedding"]),), "native"),
     "gptq, groups that do not divide": Case((four("gptq", group_size=40),), "native"),
     "embedding on another grid": Case(
@@ -205,6 +234,7 @@ UNLISTED = {"model_type": "olmo2"}
 
 _IN_FAMILY = {
     "gptq": (four("gptq"),),
+    "svd-llm, gptq": (step("svd-llm", ratio=0.7), four("gptq")),
     "awq": (four("awq", steps=2),),
     "autoround": (four("autoround", iterations=2),),
     "smoothquant, W8A8": (step("smoothquant"), W8A8),

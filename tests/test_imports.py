@@ -34,6 +34,7 @@ ORDER = [
     "models",
     "checkpoint",
     "numerics",
+    "compiled",
     "memory",
     "errors",
 ]

@@ -41,7 +41,7 @@ class PlanRow:
     given         what the weight was before them: pruned, or dense
     source_bytes  its tensors as they would be written untouched in the storage dtype
     bytes         its tensors as they will be written
-    note          why it stays dense although a step asked for it; empty otherwise
+    note          why a step that asked for it leaves it as it is; empty otherwise
     remark        what it gets instead of what the step says, and why; empty otherwise
     """
 
@@ -217,7 +217,9 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     if conflicts := target.conflicts(weights):
         raise PlanError(f"format {target.name} cannot hold this mix: {'; '.join(conflicts)}")
     check_fused(layout, {row.module.name: row.scheme for row in rows}, target)
-    warnings = [f"{row.module.name} stays dense: {row.note}" for row in rows if row.note]
+    warnings = [
+        f"{row.module.name}{' stays dense' if row.scheme.dense else ''}: {row.note}" for row in rows if row.note
+    ]
     remarks = Counter(row.remark for row in rows if row.remark)
     warnings += [f"{count} module{'s' if count > 1 else ''}: {remark}" for remark, count in remarks.items()]
     warnings += rewriting.notes if rewriting else ()
@@ -294,15 +296,19 @@ def _resolve(
 ) -> PlanRow:
     """The row of one module: fold its steps into a scheme and ask the format whether it can hold it."""
     plain = target.nbytes(module, DENSE, dtype)
-    steps = tuple(steps)
-    scheme = given
+    scheme, applied, notes = given, list[int](), list[str]()
     for number in steps:
         step = recipe.steps[number]
-        check_step(module, scheme, step, [recipe.steps[other] for other in steps if other < number])
         try:
-            scheme = step.options.for_matrix(module.shape, dtype).scheme(scheme, dtype)
+            options = step.options.for_matrix(module.shape, dtype)
+            if reason := options.declines(module.shape):
+                notes.append(f"{step.method}: {reason}")
+                continue
+            check_step(module, scheme, step, [recipe.steps[other] for other in applied])
+            scheme = options.scheme(scheme, dtype)
         except ValueError as error:
             raise PlanError(f"{step.label} on {module.name}: {error}") from error
+        applied.append(number)
         if step.activations:
             scheme = replace(scheme, activations=step.activations.chosen())
     problems = [] if scheme.dense else [*pattern_problems(module, scheme), *target.problems(module, scheme)]
@@ -311,7 +317,7 @@ def _resolve(
             raise PlanError(
                 f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}"
             )
-        return PlanRow(module, (), DENSE, plain, plain, "; ".join(problems), given)
-    found = [recipe.steps[number].options.remark(module.shape) for number in steps]
-    remark = "; ".join(text for text in found if text)
-    return PlanRow(module, steps, scheme, plain, target.nbytes(module, scheme, dtype), given=given, remark=remark)
+        return PlanRow(module, (), DENSE, plain, plain, "; ".join([*notes, *problems]), given)
+    found = [recipe.steps[number].options.remark(module.shape) for number in applied]
+    remark, size = "; ".join(text for text in found if text), target.nbytes(module, scheme, dtype)
+    return PlanRow(module, tuple(applied), scheme, plain, size, "; ".join(notes), given, remark)

@@ -13,11 +13,12 @@ from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.grids import IntegerGrid
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
+from penjing.statistics import Gram
 
 
 def describe(scheme: Scheme) -> str:
     """A scheme in the field's shorthand: "W4 g64 symmetric", "2:4 sparse", "dense"."""
-    words = []
+    words = [f"rank {scheme.rank}"] if scheme.rank else [scheme.train.label] if scheme.train else []
     if scheme.pattern:
         words.append(f"{scheme.pattern[0]}:{scheme.pattern[1]} sparse")
     elif scheme.sparsity:
@@ -31,6 +32,8 @@ def describe(scheme: Scheme) -> str:
         words.append(f"{scheme.columns} columns dense")
     if scheme.outliers:
         words.append(f"about {scheme.outliers:.1%} outliers dense")
+    if scheme.correction:
+        words.append(f"plus {describe(scheme.added)}")
     return ", ".join(words) or "dense"
 
 
@@ -49,6 +52,11 @@ def check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence
         raise PlanError(f"{label}: an earlier step trains the finished model; move that step to the end")
     if (step.definition.linear or step.definition.learn) and before.grid is not None:
         raise PlanError(f"{label}: an earlier step already quantised it; prune before quantising, and quantise once")
+    if before.train or (before.rank and not _takes_factors(step)):
+        raise PlanError(
+            f"{label}: an earlier step factored it; factors can be rounded by methods that look at Gram matrices or at "
+            "nothing (rtn, gptq, bcq, kmeans), and tensor trains stay as they are"
+        )
     if step.definition.transform is not None and earlier:
         raise PlanError(f"{label}: a method that moves scales between modules must be the first to touch them")
     if module.kind == "embedding" and step.definition.needs(step.options):
@@ -72,7 +80,16 @@ def check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence
         raise PlanError(f"{label}: the method says itself how inputs are rounded; drop `activations`")
 
 
+def _takes_factors(step: Step) -> bool:
+    """Whether the step rounds matrices one by one and asks for nothing that only the inputs themselves can tell."""
+    alone = step.options.scheme(Scheme(), torch.float32)
+    known = set(step.definition.needs(step.options)) <= {Gram}
+    return step.definition.linear is not None and known and not step.activations and alone == Scheme(grid=alone.grid)
+
+
 def _has_free_scales(scheme: Scheme) -> bool:
+    if scheme.rank or scheme.correction:
+        return False
     return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
 
 

@@ -44,6 +44,13 @@ class Gram:
         self._mirrored = True
         self.tokens = 0
 
+    @classmethod
+    def known(cls, value: Tensor, tokens: int) -> Gram:
+        """One that has seen `tokens` tokens whose Gram matrix is `value` (K, K)."""
+        gram = cls(len(value))
+        gram._sum, gram.tokens = value, tokens
+        return gram
+
     def update(self, inputs: Tensor) -> None:
         self.tokens += inputs.shape[0]
         for top in range(0, inputs.shape[1], self._strip):

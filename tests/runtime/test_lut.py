@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from penjing import compiled
 from penjing.numerics.binary_coding import BinaryGrid
 from penjing.representations import BinaryCoded, Masked, Scheme
-from penjing.runtime import compiled, lut, runner_for
+from penjing.runtime import lut, runner_for
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
@@ -148,7 +149,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_build_at_once(tmp_path):
-    code = "from penjing.runtime import compiled; compiled.build('lut.cpp', 'DEFAULT')"
+    code = "from penjing import compiled; compiled.build('lut.cpp', 'DEFAULT')"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=300) for process in running] == [0, 0]

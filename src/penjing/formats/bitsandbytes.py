@@ -53,6 +53,8 @@ class BitsAndBytesFormat:
         grid, name = scheme.grid, module.name
         if scheme.activations is not None:
             return [f"{name}: bitsandbytes keeps inputs as they are; drop `activations`"]
+        if scheme.rank or scheme.correction or scheme.train:
+            return [f"{name}: neither factors nor tensor trains have a place in bitsandbytes; use format native"]
         if grid is None:
             return []
         _require_library()

@@ -42,6 +42,10 @@ class Options(BaseModel):
         """What whoever reads the plan must know where a matrix of this `shape` does not get what the keys say."""
         return ""
 
+    def declines(self, shape: tuple[int, ...]) -> str:
+        """Why a step with these options leaves a matrix of `shape` as it is; empty when it does not."""
+        return ""
+
     def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
         """What a weight of scheme `before` becomes under a step with these options; ValueError if it cannot."""
         return before

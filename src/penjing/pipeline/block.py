@@ -19,6 +19,7 @@ from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.numerics.activations import InputScale
 from penjing.numerics.observers import static_scale
+from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors, relative_error
 from penjing.pipeline.fold import fold, foldable
 from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
@@ -26,7 +27,7 @@ from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
-from penjing.representations import Dense, Masked, Representation
+from penjing.representations import Dense, LowRank, Masked, Representation
 from penjing.statistics import Statistics, StatisticType, compares
 
 
@@ -241,9 +242,11 @@ class BlockCompressor:
     def _compress(self, linear: LinearFunction, step: Step, clusters: Sequence[Sequence[str]]) -> None:
         """Run a linear-level step; rows of linears that share an input go in one call when the method allows it."""
         together = step.definition.row_wise(step.options)
-        stacks = clusters if together else [[name] for cluster in clusters for name in cluster]
-        done = side_by_side(lambda names: self._run_linear(linear, step.options, names), stacks)
-        for names, (result, warned) in zip(stacks, done, strict=True):
+        products = any(isinstance(weight, LowRank) for weight in self.done.values())
+        if not together or products:
+            clusters = [[name] for cluster in clusters for name in cluster]
+        done = side_by_side(lambda names: self._run_linear(linear, step.options, names), clusters)
+        for names, (result, warned) in zip(clusters, done, strict=True):
             start = 0
             for name in names:
                 rows = self.rows[name].module.shape[0]
@@ -252,8 +255,10 @@ class BlockCompressor:
                 start += rows
 
     def _run_linear(self, linear: LinearFunction, options: Options, names: Sequence[str]) -> Representation:
-        given = self._linear_input(names)
-        return linear(given, options.for_matrix(tuple(given.weight.shape), given.storage_dtype))
+        def run(given: LinearInput) -> Representation:
+            return linear(given, options.for_matrix(tuple(given.weight.shape), given.storage_dtype))
+
+        return factors.apply(run, self._linear_input(names), self.done.get(names[0]))
 
     def _linear_input(self, names: Sequence[str]) -> LinearInput:
         weights = [self._current(name) for name in names]

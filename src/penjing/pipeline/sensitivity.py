@@ -18,6 +18,7 @@ from penjing.methods.allocation.sensitivity import expected_kl, extrapolated, ou
 from penjing.methods.base import LinearInput
 from penjing.models import find
 from penjing.models.layout import Layout
+from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors
 from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.gradients import SquaredGradients, squared_gradients
@@ -27,7 +28,7 @@ from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.weights import Weights
 from penjing.planning import Plan
 from penjing.recipe import Step
-from penjing.representations import Masked
+from penjing.representations import Masked, Representation
 from penjing.statistics import Gram, Statistics, StatisticType, compares
 
 Sensitivity = Literal["output", "gradient", "kl"]
@@ -239,10 +240,10 @@ class SensitivityWalk:
         for names in stacks.values():
             stacked = torch.cat([weights[name] for name in names])
             parts = tuple((name, len(weights[name])) for name in names)
-            kept = None
+            kept, result = None, None
             for step in self._steps(choice, prefix + names[0]):
                 given = LinearInput(stacked, statistics[names[0]], kept, self._storage_dtype(choice), parts)
-                result = step.definition.linear(given, step.options)  # type: ignore[misc]
+                result = factors.apply(partial(_run, step), given, result)
                 kept = result.kept if isinstance(result, Masked) else kept
                 stacked = result.dense().float()
             done |= zip(names, stacked.split([rows for _, rows in parts]), strict=True)
@@ -283,6 +284,10 @@ class SensitivityWalk:
         for comparison, (part, _) in zip(measured, self._probes, strict=True):
             self._add(part.unit, extrapolated(comparison.result().kl or 0.0, part.probe, part.errors))
         self.progress("measure divergences", len(tokens), len(tokens), "")
+
+
+def _run(step: Step, given: LinearInput) -> Representation:
+    return step.definition.linear(given, step.options)  # type: ignore[misc]
 
 
 def unseen(kinds: Sequence[StatisticType], columns: int) -> Statistics:

@@ -250,7 +250,11 @@ class Walk:
             error=result.error,
             error_kind=result.error_kind,
             tokens=result.tokens,
-            notes=(*result.notes, *([f"left dense: {row.note}"] if row.note else []), *filter(None, [row.remark])),
+            notes=(
+                *result.notes,
+                *([f"left {'dense' if row.scheme.dense else 'out'}: {row.note}"] if row.note else []),
+                *filter(None, [row.remark]),
+            ),
         )
 
     def _source(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:

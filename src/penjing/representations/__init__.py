@@ -11,24 +11,31 @@ from __future__ import annotations
 from penjing.numerics.activations import Activations
 from penjing.representations.bilevel import Bilevel
 from penjing.representations.binary_coded import BinaryCoded
+from penjing.representations.codebook import Codebook
 from penjing.representations.dense import Dense, Masked
+from penjing.representations.low_rank import Corrected, LowRank
 from penjing.representations.patched import Columns, Outliers, Patched
 from penjing.representations.quantized import Coded, Quantized
 from penjing.representations.scheme import Scheme
+from penjing.representations.tensor_train import TensorTrain
 
-Representation = Dense | Masked | Coded | Patched
+Representation = Dense | Masked | Coded | Patched | LowRank | Corrected | TensorTrain
 
 __all__ = [
     "Activations",
     "Bilevel",
     "BinaryCoded",
+    "Codebook",
     "Coded",
     "Columns",
+    "Corrected",
     "Dense",
+    "LowRank",
     "Masked",
     "Outliers",
     "Patched",
     "Quantized",
     "Representation",
     "Scheme",
+    "TensorTrain",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from penjing.representations.binary_coded import BinaryCoded
+from penjing.representations.codebook import Codebook
 from penjing.representations.quantized import Quantized
 
 
@@ -40,7 +41,7 @@ class Masked:
     kept  bool (N, K), True where the weight survives
     """
 
-    values: Dense | Quantized | BinaryCoded
+    values: Dense | Quantized | BinaryCoded | Codebook
     kept: Tensor
 
     @property

@@ -11,6 +11,7 @@ from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.scale_codes import ScaleCodes
 from penjing.representations.bilevel import Bilevel
 from penjing.representations.binary_coded import BinaryCoded
+from penjing.representations.codebook import Codebook
 
 
 @dataclass(frozen=True)
@@ -84,5 +85,5 @@ class Quantized:
         )
 
 
-Coded = Quantized | Bilevel | BinaryCoded
+Coded = Quantized | Bilevel | BinaryCoded | Codebook
 """Representations whose values lie on a grid."""

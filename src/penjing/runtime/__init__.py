@@ -8,13 +8,13 @@ from torch import nn
 
 from penjing.numerics.activations import InputScale
 from penjing.representations import Representation, Scheme
-from penjing.runtime import int8, lut
+from penjing.runtime import embedding, factored, int8, lut
 from penjing.runtime.inputs import RoundInputs
 
 Runner = Callable[[nn.Module, Scheme, Representation, InputScale | None], nn.Module | None]
 """Live linear, scheme, weight and static input scale -> the module that runs it, or None when it cannot."""
 
-RUNNERS: tuple[Runner, ...] = (int8.runner, lut.runner)
+RUNNERS: tuple[Runner, ...] = (int8.runner, lut.runner, factored.runner)
 """In order of preference."""
 
 __all__ = ["RUNNERS", "RoundInputs", "Runner", "runner_for"]
@@ -23,9 +23,12 @@ __all__ = ["RUNNERS", "RoundInputs", "Runner", "runner_for"]
 def runner_for(
     linear: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None = None
 ) -> nn.Module | None:
-    """The module that computes with the codes of `weight` in place of a live `linear` (nn.Linear or Conv1D).
+    """The module that computes with the codes of `weight` in place of a live `linear` (nn.Linear, Conv1D,
+    nn.Embedding).
 
     Device and bias are those of `linear`. None: the linear stays dense, and rounds its inputs if the scheme says so.
     """
+    if isinstance(linear, nn.Embedding):
+        return embedding.runner(linear, weight)
     found = (run(linear, scheme, weight, static) for run in RUNNERS)
     return next((module for module in found if module is not None), None)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from penjing.compiled import kernel
 from penjing.numerics.activations import InputScale
 from penjing.numerics.packing import pack_bits
 from penjing.representations import BinaryCoded, Representation, Scheme
 from penjing.runtime.coded_linear import CodedLinear
-from penjing.runtime.compiled import kernel
 
 BLOCK = 16
 """Rows that lie together in memory."""

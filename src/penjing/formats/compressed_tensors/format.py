@@ -35,6 +35,8 @@ class CompressedTensorsFormat:
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:
         """What the loader of compressed-tensors in transformers does not read; raises MissingDependency without it."""
         grid = scheme.grid
+        if scheme.rank or scheme.correction or scheme.train:
+            return [f"{module.name}: neither factors nor tensor trains have a place there; use format native"]
         if grid is None:
             if scheme.activations is None:
                 return []

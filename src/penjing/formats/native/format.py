@@ -13,6 +13,7 @@ from penjing.formats.base import input_bytes, other_bytes, plain_bytes, plain_we
 from penjing.formats.native.layout import (
     decode,
     from_parts,
+    is_packed,
     part_names,
     parts_bytes,
     read_scheme,
@@ -50,7 +51,7 @@ class NativeFormat:
 
     def nbytes(self, module: ModuleSpec, scheme: Scheme, dtype: torch.dtype) -> int:
         """Exact bytes; for unstructured sparsity exact up to the rounding of the number of survivors."""
-        if not _is_packed(scheme):
+        if not is_packed(scheme):
             return plain_bytes(module, dtype) + input_bytes(scheme)
         kept = survivors(module.shape, scheme)
         packed = parts_bytes(module.shape, scheme, kept, dtype.itemsize)
@@ -58,7 +59,7 @@ class NativeFormat:
 
     def pack(self, module: ModuleSpec, scheme: Scheme, weight: Representation, dtype: torch.dtype) -> dict[str, Tensor]:
         """Packed parts by full name, or a plain tensor for a weight to which nothing was done."""
-        if _is_packed(scheme) != (not isinstance(weight, Dense)):
+        if is_packed(scheme) != (not isinstance(weight, Dense)):
             raise FormatError(f"{module.name}: the weight is not what its scheme says ({scheme})")
         if isinstance(weight, Dense):
             return plain_weight(module, weight, dtype)
@@ -68,7 +69,7 @@ class NativeFormat:
 
     def unpack(self, module: ModuleSpec, scheme: Scheme, load: Callable[[str], Tensor]) -> Representation:
         """The representation back; raises FormatError when the file does not hold what config.json says."""
-        if not _is_packed(scheme):
+        if not is_packed(scheme):
             return Dense(read_plain_weight(module, load))
         parts = {part: load(f"{module.name}.weight_{part}") for part in part_names(scheme)}
         weight, stored = from_parts(parts, module.name)
@@ -135,7 +136,3 @@ def read_schemes(declared: Mapping[str, Any]) -> dict[str, Scheme]:
             f"version {VERSION}; upgrade with `pip install -U penjing`"
         )
     return {target: read_scheme(entry) for entry in declared["schemes"] for target in entry["targets"]}
-
-
-def _is_packed(scheme: Scheme) -> bool:
-    return scheme.grid is not None or scheme.sparsity > 0

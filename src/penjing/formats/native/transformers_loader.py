@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from penjing.errors import FormatError
 from penjing.formats.base import input_parts
 from penjing.formats.native.format import read_schemes
-from penjing.formats.native.layout import ALL_PARTS, decode, from_parts
+from penjing.formats.native.layout import ALL_PARTS, decode, from_parts, is_packed
 from penjing.numerics.activations import InputScale
 from penjing.representations import Representation, Scheme
 from penjing.runtime import RoundInputs, runner_for
@@ -156,7 +156,7 @@ def _read_all(parts: dict[str, list[Tensor]], name: str) -> list[Representation]
 def _by_live_name(model: Any, schemes: dict[str, Scheme]) -> dict[str, Scheme]:
     """The live linears that config.json speaks of. Checkpoints of a base model (GPT-2 on the hub) lack its prefix."""
     prefix = f"{model.base_model_prefix}."
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, _kinds(model))]
     found: dict[str, Scheme] = {}
     for target, scheme in schemes.items():
         names = [name for name in linears if _matches(target, name) or _matches(target, name.removeprefix(prefix))]
@@ -164,6 +164,12 @@ def _by_live_name(model: Any, schemes: dict[str, Scheme]) -> dict[str, Scheme]:
             raise FormatError(f"config.json quantises the inputs of {target}, and the model has no such linear")
         found |= dict.fromkeys(names, scheme)
     return found
+
+
+def _kinds(model: Any) -> tuple[type[nn.Module], ...]:
+    """Modules that may compute with codes. A head tied to the embedding needs the table, so that stays dense."""
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return (nn.Linear, Conv1D) if tied else (nn.Linear, Conv1D, nn.Embedding)
 
 
 def _runner(linear: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None) -> nn.Module:
@@ -187,7 +193,7 @@ def _check_stored(schemes: dict[str, Scheme], files: list[str]) -> None:
     for path in files:
         with safe_open(path, "pt") as file:
             packed |= {key.removesuffix(".weight_header") for key in file.keys() if key.endswith(".weight_header")}  # noqa: SIM118
-    expected = {target: scheme for target, scheme in schemes.items() if scheme.grid is not None or scheme.sparsity}
+    expected = {target: scheme for target, scheme in schemes.items() if is_packed(scheme)}
     absent = [target for target in expected if not any(_matches(target, name) for name in packed)]
     unknown = [name for name in packed if not any(_matches(target, name) for target in expected)]
     if absent or unknown:

@@ -36,6 +36,12 @@ class Parts:
             )
         return tensor
 
+    def under(self, prefix: str) -> Parts:
+        """The parts whose names begin with `prefix` and an underscore, by the rest of their names."""
+        begin = f"{prefix}_"
+        found = {part.removeprefix(begin): tensor for part, tensor in self.tensors.items() if part.startswith(begin)}
+        return Parts(found, f"{self.name} ({prefix})")
+
     def codes(self, part: str, bits: int, count: int) -> Tensor:
         """`count` unsigned codes of a bit stream, uint8."""
         return unpack_bits(self.take(part, packed_bytes(count, bits)).reshape(1, -1), bits, count)[0]

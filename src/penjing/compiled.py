@@ -40,7 +40,7 @@ class BuildError(Exception):
 
 @functools.cache
 def kernel(source: str) -> ctypes.CDLL | None:
-    """The library made from `source`, a file beside this one; None, with one warning per process, when it cannot be."""
+    """The library made from `source`, a file of `penjing.runtime`; None, with one warning per process, without one."""
     try:
         return build(source, torch.backends.cpu.get_cpu_capability())
     except (BuildError, OSError) as error:
@@ -53,12 +53,13 @@ def kernel(source: str) -> ctypes.CDLL | None:
         return None
 
 
-def build(source: str, capability: str) -> ctypes.CDLL:
-    """Compile `source` for processors with `capability` ("AVX512", "AVX2", others: any), unless that was done before.
+def build(source: str, capability: str, package: str = "penjing.runtime") -> ctypes.CDLL:
+    """Compile `source`, a file of `package`, for processors with `capability` ("AVX512", "AVX2", others: any), unless
+    that was done before.
 
     Raises BuildError without a working compiler, OSError when no directory can be written or the result not loaded.
     """
-    text = (resources.files("penjing.runtime") / source).read_bytes()
+    text = (resources.files(package) / source).read_bytes()
     compiler = _compiler()
     flags = ("-O3", "-std=c++17", "-fPIC", *_FLAGS.get(capability, ()))
     made_of = repr((text, compiler, os.stat(compiler).st_mtime_ns, flags, torch.__version__))
@@ -72,6 +73,15 @@ def build(source: str, capability: str) -> ctypes.CDLL:
         except PermissionError:
             continue
     raise BuildError("no directory can be written")
+
+
+@functools.cache
+def helper(source: str, package: str) -> ctypes.CDLL | None:
+    """The library made from `source`, a file of `package`, which does fast what Python can do too; None without one."""
+    try:
+        return build(source, torch.backends.cpu.get_cpu_capability(), package)
+    except (BuildError, OSError):
+        return None
 
 
 def _cache_directory() -> Path:

@@ -1,0 +1,125 @@
+"""Low rank, weight sharing and compressed embeddings on the demo model: perplexity and KL at equal size.
+
+    python benchmarks/low_rank.py --calibration wiki.valid.raw --evaluation wiki.test.raw \\
+        --work build/low_rank --output benchmarks/results/low_rank.json
+
+The dense model is run once; every result is compared with it on the same windows. What was measured before stays in the
+output and is not measured again: remove the file to start afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from penjing import api
+from penjing.checkpoint import open_checkpoint, write_bytes
+from penjing.checkpoint.base import Checkpoint
+from penjing.evaluation.report import Software
+from penjing.models import layout_of
+from penjing.pipeline import measure
+from penjing.pipeline.measure import Candidate
+from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.text import TextSource
+from penjing.pipeline.weights import Weights
+
+Steps = list[dict[str, Any]]
+
+FACTORED = {"ratio": 0.8, "multiple": 1}
+THREE = {"bits": 3, "scale_rule": "signed-max"}
+TABLE = {"targets": ["embedding"]}
+
+RUNS: dict[str, Steps] = {
+    # 80 % of the parameters of every linear
+    "svd, 0.8": [{"method": "svd", **FACTORED}],
+    "asvd, 0.8": [{"method": "asvd", **FACTORED}],
+    "svd-llm, 0.8": [{"method": "svd-llm", **FACTORED}],
+    # 16 values per row
+    "rtn, 4 bits, per row": [{"method": "rtn", "bits": 4, "group_size": "channel", "scale_search": "diagonal"}],
+    "kmeans, 4 bits, per row": [{"method": "kmeans", "bits": 4}],
+    # 3.5 bits per weight: narrower groups, or a correction of rank 16 in 8 bits
+    "gptq, 3 bits, groups of 32": [{"method": "gptq", "group_size": 32, **THREE}],
+    "lqer on gptq, 3 bits, groups of 128, rank 16": [{"method": "lqer", "group_size": 128, "rank": 16, **THREE}],
+    "rtn, 3 bits, groups of 32": [{"method": "rtn", "group_size": 32, **THREE}],
+    "lqer on rtn, 3 bits, groups of 128, rank 16": [
+        {"method": "lqer", "group_size": 128, "rank": 16, "base": "rtn", **THREE}
+    ],
+    # the embedding alone, which is also the output head
+    "embedding: rtn, 4 bits, groups of 64": [{"method": "rtn", "bits": 4, "group_size": 64, **TABLE}],
+    "embedding: svd, rank 144": [{"method": "svd", "rank": 144, **TABLE}],
+    "embedding: tensor train 24x24, rank 3": [{"method": "tensor-train", "modes": [24, 24], "rank": 3, **TABLE}],
+    "embedding: svd, rank 14": [{"method": "svd", "rank": 14, **TABLE}],
+    "embedding: tensor train 8 modes, rank 1": [{"method": "tensor-train", "cores": 8, "rank": 1, **TABLE}],
+}
+"""Name -> steps, in the order in which they are measured."""
+
+
+def main() -> None:
+    """Parse, run what is missing, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--evaluation-length", type=int, default=1024)
+    parser.add_argument("--only", nargs="*", help="runs whose names contain one of these words")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"runs": {}}
+    if options.output.is_file():
+        result = json.loads(options.output.read_text(encoding="utf-8"))
+    chosen = [name for name in RUNS if not options.only or any(word in name for word in options.only)]
+    missing = [name for name in chosen if name not in result["runs"]]
+    if not missing:
+        return
+    checkpoint = open_checkpoint(options.model)
+    text = TextSource(checkpoint).evaluation(options.evaluation, options.windows, options.evaluation_length)
+    dense = candidate(checkpoint, text.tokens)
+    result["evaluation"], result["software"] = text.protocol.sentence(), Software.here().__dict__
+    result["dense_perplexity"] = measure.compare(dense, text.tokens).result().perplexity
+    for name in missing:
+        result["runs"][name] = measured(RUNS[name], options, text.tokens, dense, result)
+        write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
+        print(name, json.dumps(result["runs"][name]), flush=True)
+
+
+def candidate(checkpoint: Checkpoint, tokens: Tensor) -> Candidate:
+    """A model, run on the windows."""
+    layout = layout_of(checkpoint.config, checkpoint.specs())
+    return measure.run(StreamedModel(checkpoint.config, layout, Weights(checkpoint, layout).live), tokens)
+
+
+def measured(
+    steps: Steps, options: argparse.Namespace, tokens: Tensor, dense: Candidate, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Compress, and compare with the dense model."""
+    calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
+    recipe = {"version": 1, "format": "native", "steps": steps, "calibration": calibration}
+    directory = options.work / "model"
+    shutil.rmtree(directory, ignore_errors=True)
+    report = api.compress(options.model, recipe, directory, evaluated=False)
+    if report.calibration is not None:
+        result["calibration"] = report.calibration.sentence()
+    quality = measure.compare(candidate(open_checkpoint(directory), tokens), tokens, dense).result()
+    changed = [row for row in report.modules if row.steps]
+    weights = sum(row.shape[0] * row.shape[1] for row in changed)
+    return {
+        "bits_per_weight": 8 * sum(row.bytes for row in changed) / weights,
+        "predicted_over_real_bytes": report.predicted_bytes / sum(row.bytes for row in report.modules),
+        "perplexity": quality.perplexity,
+        "kl": quality.kl,
+        "top1": quality.top1,
+        "seconds": report.seconds["compress"],
+    }
+
+
+if __name__ == "__main__":
+    main()

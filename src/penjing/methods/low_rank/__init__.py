@@ -1,0 +1,1 @@
+"""Matrices of low rank in place of full ones."""

@@ -1,0 +1,1 @@
+"""Few distinct values, rows or matrices, used many times."""
