@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.errors import OutputError, PlanError
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
-from penjing.planning import Plan, make_plan
+from penjing.planning import Plan, describe, make_plan
 from penjing.recipe import Recipe, load_recipe
+from penjing.representations import Scheme
 
 if TYPE_CHECKING:
     from penjing.engines.bench import Bench, Load
@@ -117,8 +118,16 @@ def inspect(model: Model, *, trust_remote_code: bool = False) -> Inspection:
     return Inspection(checkpoint.label, stored, size, checkpoint.config, layout)
 
 
-def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_remote_code: bool = False) -> Plan:
+def plan(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    engine: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
     """What a recipe would do to a model. `model` may be a directory with nothing but a config.json.
+
+    engine  where the result shall run: what is known of it adds warnings, or refuses
 
     Raises RecipeError, CheckpointError or PlanError, whichever names the first problem.
     """
@@ -129,7 +138,14 @@ def plan(model: Model, recipe: str | Path | dict[str, Any] | Recipe, *, trust_re
         from penjing.pipeline import decoding
 
         decoding.require_cacheable(checkpoint.config, chosen.kv_cache, trust_remote_code=trust_remote_code)
-    return make_plan(checkpoint, layout, chosen)
+    made = make_plan(checkpoint, layout, chosen)
+    if engine is None:
+        return made
+    from penjing.engines import truth
+
+    schemes = [describe(row.scheme) for row in made.rows if not row.scheme.dense] or [describe(Scheme())]
+    warnings = truth.judge(engine, layout.model_type, chosen.format, schemes)
+    return replace(made, warnings=(*made.warnings, *warnings))
 
 
 def allocate(

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from penjing.evaluation.size import readable_bytes, readable_seconds
 
@@ -209,16 +208,16 @@ def bench(result: Mapping[str, Any]) -> Group:
     return Group(table, "", loading, "", note, *(f"left out: {escape(reason)}" for reason in result["skipped"]))
 
 
-def serving(result: Mapping[str, Any]) -> Group:
-    """Output of `Serving.as_dict()`: a command per server, on a line of its own so that it can be copied."""
-    lines = []
-    for command in result["commands"]:
-        note = f": {escape(command['note'])}" if command["note"] else ""
-        lines += [
-            Text(f"# {command['engine']}{note}", "dim"),
-            Text(command["command"], overflow="ignore", no_wrap=True),
-        ]
-    return Group(*lines, Text(f"# then talk to {result['address']} as to OpenAI's", "dim"))
+def engine_check(result: Mapping[str, Any]) -> Group:
+    """Output of `EngineCheck.as_dict()`: the totals, and the first positions with another likeliest token."""
+    shown = {key: value for key, value in result.items() if key != "differences"}
+    for key in ("kl", "top1", "largest"):
+        shown[key] = "not known" if shown[key] is None else f"{shown[key]:.4g}"
+    table = _table("window", "position", "likeliest token", "in the engine", "probabilities of both")
+    for each in result["differences"]:
+        chances = " and ".join(f"{chance:.4f}" for chance in each["probability"])
+        table.add_row(*(str(each[key]) for key in ("window", "position", "expected", "found")), chances)
+    return Group(facts(shown), "", table) if result["differences"] else Group(facts(shown))
 
 
 def _spread(spread: Mapping[str, float]) -> str:

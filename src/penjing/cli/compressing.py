@@ -9,6 +9,7 @@ import typer
 
 from penjing.cli.options import (
     DataOption,
+    EngineOption,
     FormatOption,
     JsonOption,
     LengthOption,
@@ -50,6 +51,7 @@ def plan(
     length: LengthOption = None,
     format: FormatOption = None,
     seed: SeedOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -58,7 +60,7 @@ def plan(
 
     chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
     with working():
-        result = api.plan(model, chosen, trust_remote_code=trust_remote_code)
+        result = api.plan(model, chosen, engine=engine, trust_remote_code=trust_remote_code)
     show(result.as_dict(), tables.plan, as_json)
 
 

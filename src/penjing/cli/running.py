@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penjing.cli.options import MODEL_HELP, EngineOption, JsonOption, ModelArgument, ThreadsOption, TrustOption
-from penjing.cli.output import show, working
+from penjing.cli.output import show, show_json, working
 
 
 def verify(
@@ -30,7 +30,7 @@ def verify(
         result = api.verify(
             model, engine=engine, against=against, progress=progress, trust_remote_code=trust_remote_code
         )
-    show(result.as_dict(), tables.facts, as_json)
+    show(result.as_dict(), tables.facts if engine is None else tables.engine_check, as_json)
 
 
 def export(
@@ -88,11 +88,17 @@ def serve(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Print the commands that serve a model: llama-server, vLLM, transformers. Starts nothing."""
-    from penjing import api, tables
+    from penjing import api
 
     with working():
         result = api.serve(model, port=port, context=context, threads=threads, trust_remote_code=trust_remote_code)
-    show(result.as_dict(), tables.serving, as_json)
+    if as_json:
+        show_json(result.as_dict())
+        return
+    for command in result.commands:  # plain lines, to be copied
+        print(f"# {command.engine}: {command.note}" if command.note else f"# {command.engine}")
+        print(command.command)
+    print(f"# then talk to {result.address} as to OpenAI's")
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -43,7 +43,9 @@ def chat(
     from penjing.engines.chat import Talk
 
     sampling = Sampling(tokens, temperature, top_p, seed)
-    wanted = [(model, engine)] + ([(against, against_engine)] if against is not None else [])
+    wanted: list[tuple[str, str | None]] = [(model, engine)]
+    if against is not None:
+        wanted.append((against, against_engine))
     with ExitStack() as stack:
         talks = []
         with working() as progress:
@@ -52,7 +54,7 @@ def chat(
                 talk = Talk(name, runs_in, threads=threads, context=context, trust_remote_code=trust_remote_code)
                 talks.append(stack.enter_context(talk))
             progress("load", len(wanted), len(wanted), "")
-        for question in [prompt] if prompt is not None else _questions():
+        for question in _questions() if prompt is None else (prompt,):
             if as_json:
                 for talk in talks:
                     "".join(talk.say(question, sampling))
@@ -83,7 +85,7 @@ def _answer(talks: list[Talk], question: str, sampling: Sampling) -> None:
         texts = [""] * len(talks)
         streams = [talk.say(question, sampling) for talk in talks]
         with Live(_columns(talks, texts), console=console, vertical_overflow="visible") as live:
-            while pieces := [(index, piece) for index, stream in enumerate(streams) if (piece := next(stream, None))]:
+            while pieces := [(index, piece) for index, stream in enumerate(streams) if (piece := next(stream, ""))]:
                 for index, piece in pieces:
                     texts[index] += piece
                 live.update(_columns(talks, texts))

@@ -62,6 +62,8 @@ class Engine(Protocol):
     summary: str
     install: str
     """The command that installs it."""
+    formats: frozenset[str]
+    """Penjing's formats that it loads."""
     tolerance: float
     """Mean KL in nats per token that its arithmetic may add to a model it loads correctly."""
 

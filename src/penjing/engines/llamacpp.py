@@ -30,6 +30,7 @@ class LlamaCpp:
     name = "llamacpp"
     summary = "llama.cpp through llama-cpp-python; GGUF files"
     install = "pip install 'penjing[llamacpp]'"
+    formats = frozenset({"gguf"})
     tolerance = 0.02  # inputs of quantised weights are rounded to 8 bits in blocks of 32 or 256
 
     def version(self) -> str | None:

@@ -37,6 +37,7 @@ class LlamaServer:
     name = "llama-server"
     summary = "the llama-server on the PATH; GGUF files"
     install = "install llama.cpp so that `llama-server` is on the PATH (https://github.com/ggml-org/llama.cpp)"
+    formats = frozenset({"gguf"})
     tolerance = 0.02
 
     def version(self) -> str | None:

@@ -30,6 +30,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     summary = "ONNX Runtime; a decoder with its key-value cache in model.onnx"
     install = "pip install 'penjing[onnxruntime]'"
+    formats = frozenset({"onnx"})
     tolerance = 0.02  # MatMulNBits may round its inputs to 8 bits
 
     def version(self) -> str | None:

@@ -24,6 +24,7 @@ class Transformers:
     name = "transformers"
     summary = "transformers on torch; model directories in any dtype, GGUF files decoded"
     install = "pip install penjing"
+    formats = frozenset({"dense", "compressed-tensors", "bitsandbytes", "native", "gptq", "gptq-v2", "awq"})
     tolerance = 1e-6
 
     def version(self) -> str | None:

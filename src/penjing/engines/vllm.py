@@ -27,6 +27,7 @@ class VLLM:
     name = "vllm"
     summary = "vLLM; dense and compressed-tensors directories"
     install = "pip install vllm"
+    formats = frozenset({"dense", "compressed-tensors", "bitsandbytes", "gptq", "gptq-v2", "awq"})
     tolerance = 0.01  # bfloat16 arithmetic
 
     def version(self) -> str | None:

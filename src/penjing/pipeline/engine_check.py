@@ -198,8 +198,8 @@ def _require(result: EngineCheck) -> None:
         return
     if not result.kl <= result.tolerance:
         raise VerificationError(
-            f"{result.model} in {result.engine} {result.version} is not the model on disk: KL {result.kl:.4g} nats per "
-            f"token where its arithmetic explains {result.tolerance}; {result.top1:.1%} of {result.positions} positions "
+            f"{result.model} in {result.engine} {result.version} is not the model on disk: KL {result.kl:.4g} nats a "
+            f"token, {result.tolerance} allowed for its arithmetic; {result.top1:.1%} of {result.positions} positions "
             f"have the same likeliest token. First others: {_listed(result.differences)}"
         )
 

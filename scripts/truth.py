@@ -1,0 +1,201 @@
+"""Try models in engines, keep what came out in src/penjing/engines/truth.json, and write docs/engines.md from it.
+
+python scripts/truth.py                              every tiny architecture in every engine that is installed
+python scripts/truth.py --architectures llama gpt2   some of them
+python scripts/truth.py --demo                       the demo model, timed against dense fp32 in transformers
+python scripts/truth.py --page                       only write the page; --check fails when it differs
+
+What is on file and not tried again stays. Nothing is edited by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import penjing  # noqa: E402
+from penjing.engines import ENGINES  # noqa: E402
+from penjing.engines.bench import Load  # noqa: E402
+from penjing.engines.truth import FILE, Fact, known  # noqa: E402
+from penjing.errors import EngineError, MissingDependency, PenjingError, PlanError, VerificationError  # noqa: E402
+from penjing.formats import FORMATS  # noqa: E402
+from tiny_models import FAMILIES, build  # noqa: E402
+
+DATA = ROOT / "src/penjing/engines" / FILE
+PAGE = ROOT / "docs/engines.md"
+
+STEPS: Mapping[str, list[dict[str, Any]]] = {
+    "dense": [{"method": "magnitude", "sparsity": 0.5}],
+    "compressed-tensors": [
+        {"method": "rtn", "bits": 4, "group_size": 32},
+        {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8}},
+    ],
+    "bitsandbytes": [{"method": "rtn", "type": "nf4", "group_size": 64}],
+    "native": [
+        {"method": "rtn", "bits": 4, "group_size": 32},
+        {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8}},
+    ],
+    "gptq": [{"method": "rtn", "bits": 4, "group_size": 32}],
+    "awq": [{"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False}],
+    "gguf": [{"method": "rtn", "type": name} for name in ("q8_0", "q4_0", "q4_1")],
+    "onnx": [{"method": "rtn", "bits": 4, "group_size": 32}, {"method": "rtn", "bits": 8, "group_size": 32}],
+}
+"""What is tried in each format; one that a format or a shape refuses is no fact about an engine and is left out."""
+
+
+INTRODUCTION = (
+    "`penjing verify DIR --engine ENGINE` compares an engine's logits with what Penjing computes in fp32 from the same "
+    "weights; `penjing bench` measures speed and memory; `penjing plan --engine ENGINE` uses the table below to warn or "
+    "to refuse. An engine without a line was not tried: vLLM and `llama-server` are driven by their public interfaces, "
+    "and nothing was measured in them."
+)
+
+PROTOCOL = (
+    "Tiny random models of each architecture, and the demo model where speed is given: tokens per second over those of "
+    "the dense fp32 model in transformers, medians of alternating runs at batch 1, 128 tokens of prompt. KL is that of "
+    "the engine's arithmetic, not of the compression."
+)
+
+
+def main() -> int:
+    """Parse, try, keep, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--formats", nargs="+", default=[name for name in STEPS if name in FORMATS])
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    facts = {fact.key: fact for fact in known()}
+    if not (options.page or options.check):
+        for fact in _demo(options.formats) if options.demo else _tiny(options.architectures, options.formats):
+            print(fact, file=sys.stderr)
+            facts[fact.key] = fact
+            rows = [json.dumps(facts[key].as_dict()) for key in sorted(facts)]
+            DATA.write_text("[\n " + ",\n ".join(rows) + "\n]\n", encoding="utf-8")
+    text = page(list(facts.values()))
+    if options.check:
+        return int(PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _tiny(architectures: list[str], formats: list[str]) -> Iterator[Fact]:
+    """Tiny random models, tied and not as is the family's habit: does it load, are the logits right?"""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in architectures:
+            model = build(name, Path(folder) / name, inner=128)
+            for path, format, architecture, scheme in _made(model, formats, Path(folder) / f"{name}-out"):
+                for engine in _installed(format):
+                    yield _try(path, model, engine, architecture, format, scheme)
+
+
+def _demo(formats: list[str]) -> Iterator[Fact]:
+    """The demo model, with times over those of dense fp32 in transformers, measured in turn with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense"
+        penjing.export("demo", "dense", dense)
+        for path, format, architecture, scheme in _made(dense, formats, Path(folder) / "out"):
+            for engine in _installed(format):
+                fact = _try(path, dense, engine, architecture, format, scheme)
+                yield _timed(fact, path, dense) if fact.verified else fact
+
+
+def _made(model: Path, formats: list[str], output: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Compressed models with their format, architecture and scheme, where recipe and shape allow them."""
+    for format in formats:
+        for number, step in enumerate(STEPS[format]):
+            recipe = {"steps": [step], "format": format, "on_unsupported": "error"}
+            path = output / f"{format}-{number}"
+            with suppress(PlanError, MissingDependency):
+                plan = penjing.plan(model, recipe).as_dict()
+                penjing.compress(model, recipe, path, evaluated=False)
+                schemes = {module["scheme"] for module in plan["modules"]} - {"dense"}
+                config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+                yield path, format, config["model_type"], min(schemes)
+
+
+def _installed(format: str) -> list[str]:
+    return [name for name, engine in ENGINES.items() if format in engine.formats and engine.version() is not None]
+
+
+def _try(path: Path, dense: Path, engine: str, architecture: str, format: str, scheme: str) -> Fact:
+    version = ENGINES[engine].version() or ""
+    fact = Fact(engine, version, architecture, format, scheme, True, True, None, None, None, "", _today())
+    try:
+        found = penjing.verify(path, engine=engine).as_dict()
+    except EngineError as error:
+        return replace(fact, loads=False, verified=None, reason=_reason(error, path))
+    except VerificationError as error:
+        return replace(fact, verified=False, reason=_reason(error, path))
+    except PenjingError as error:
+        return replace(fact, verified=None, reason=_reason(error, path))
+    return replace(fact, kl=float(f"{found['kl']:.3g}") if found["kl"] is not None else None)
+
+
+def _timed(fact: Fact, path: Path, dense: Path) -> Fact:
+    load = Load(batches=(1,), lengths=(128,), steps=16, rounds=5)
+    timed = penjing.bench([dense, path], ["transformers:float32", fact.engine], load=load).as_dict()
+    rows = {(row["model"], row["engine"], row["dtype"]): row["speeds"][0] for row in timed["rows"]}
+    base = rows[str(dense), "transformers", "float32"]
+    mine = rows.get((str(path), fact.engine, "auto"), base)
+    ratio = {name: round(mine[name]["median"] / base[name]["median"], 2) for name in ("prefill", "decode")}
+    return replace(fact, **ratio)
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return str(error).replace(str(path), "the model").replace(str(path.parent), "").splitlines()[0][:200]
+
+
+def page(facts: list[Fact]) -> str:
+    """docs/engines.md."""
+    lines = [
+        "# Engines",
+        "",
+        "<!-- Written by scripts/truth.py from src/penjing/engines/truth.json; run it, do not edit. -->",
+        "",
+        "| engine | loads | install |",
+        "| --- | --- | --- |",
+        *(f"| `{name}` | {engine.summary} | `{engine.install}` |" for name, engine in ENGINES.items()),
+        "",
+        INTRODUCTION,
+        "",
+        "## What was tried",
+        "",
+        PROTOCOL,
+        "",
+        "| engine | version | architecture | format | scheme | loads | verified | KL | prefill | decode | date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for fact in sorted(facts, key=lambda fact: fact.key):
+        verified = {True: "yes", False: "no", None: ""}[fact.verified]
+        cells = [fact.engine, fact.version, fact.architecture, f"`{fact.format}`", fact.scheme]
+        cells += ["yes" if fact.loads else "no", verified, "" if fact.kl is None else f"{fact.kl:.2g}"]
+        cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in (fact.prefill, fact.decode)]
+        lines.append("| " + " | ".join([*cells, fact.date]) + " |")
+    troubles = [fact for fact in facts if fact.reason]
+    if troubles:
+        lines += ["", "## What did not work", ""]
+        lines += [
+            f"* {fact.engine}, {fact.architecture}, `{fact.format}` {fact.scheme}: {fact.reason}" for fact in troubles
+        ]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
