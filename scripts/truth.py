@@ -56,9 +56,9 @@ STEPS: Mapping[str, list[dict[str, Any]]] = {
 
 INTRODUCTION = (
     "`penjing verify DIR --engine ENGINE` compares an engine's logits with what Penjing computes in fp32 from the same "
-    "weights; `penjing bench` measures speed and memory; `penjing plan --engine ENGINE` uses the table below to warn or "
-    "to refuse. An engine without a line was not tried: vLLM and `llama-server` are driven by their public interfaces, "
-    "and nothing was measured in them."
+    "weights; `penjing bench` measures speed and memory; `penjing plan --engine ENGINE` uses the table below to warn "
+    "or to refuse. An engine without a line was not tried: vLLM and `llama-server` are driven by their public "
+    "interfaces, and nothing was measured in them."
 )
 
 PROTOCOL = (

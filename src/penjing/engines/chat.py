@@ -82,7 +82,7 @@ class Talk:
         for token in self._process.generate(prompt, limited):
             tokens.append(token)
             whole = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            if not whole.endswith(_HALF_A_CHARACTER):
+            if whole != shown and not whole.endswith(_HALF_A_CHARACTER):
                 yield whole[len(shown) :]
                 shown = whole
         rest = self._tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :]

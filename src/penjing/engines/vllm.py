@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from penjing.checkpoint.directory import read_config
 from penjing.engines.base import LoadedModel, LoadRequest, Sampling, Timing
 from penjing.errors import EngineError
-from penjing.formats import format_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +40,8 @@ class VLLM:
         """Files, and Penjing's own format."""
         if not path.is_dir() or not any(path.glob("*.safetensors")):
             return f"vLLM loads directories of safetensors; {path} is none"
-        if format_of(read_config(path, trust_remote_code=True)).name == "native":
+        declared = read_config(path, trust_remote_code=True).get("quantization_config") or {}
+        if declared.get("quant_method") == "penjing":
             return f"vLLM does not know the native format: `penjing export {path} --to compressed-tensors -o OUT`"
         return None
 
