@@ -19,6 +19,7 @@ ORDER = [
     "api",
     "pipeline",
     "engines",
+    "training",
     "evaluation",
     "planning",
     "rules",

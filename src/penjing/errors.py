@@ -26,6 +26,10 @@ class CalibrationError(PenjingError):
     """Calibration or evaluation text is missing, empty or too short, or activations are not finite."""
 
 
+class TrainingError(PenjingError):
+    """Training went astray: a loss that is no number or runs away, batches that cannot be shared out to the devices."""
+
+
 class FormatError(PenjingError):
     """A file format cannot hold or cannot decode what it was given."""
 

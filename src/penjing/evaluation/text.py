@@ -125,16 +125,26 @@ def _read_directory(folder: Path, chat_template: bool) -> Iterator[str | Chat]:
 
 def _read_file(path: Path, chat_template: bool) -> Iterator[str | Chat]:
     plain = path.name.removesuffix(".gz")
-    if plain.endswith(_RECORD_SUFFIXES):
-        text = _decode(path)
-        records = _json_lines(path, text) if plain.endswith(".jsonl") else _json_records(path, text)
-        return _documents_of(records, chat_template)
+    if is_records(path):
+        return _documents_of(records(path), chat_template)
     if not plain.endswith(_TEXT_SUFFIXES):
         raise CalibrationError(f"{path}: unknown kind of file; known: {', '.join(_SUFFIXES)} and .gz of them")
     if chat_template:
         raise CalibrationError(f"{path}: `chat_template` needs records with `messages`; a text file has none")
     text = _decode(path)
     return iter(_wikitext_rows(text) if _WIKITEXT.fullmatch(path.name) else [text])
+
+
+def is_records(data: str | Path) -> bool:
+    """Whether `data` names a file of records (JSONL or JSON, .gz too)."""
+    return str(data).removesuffix(".gz").endswith(_RECORD_SUFFIXES)
+
+
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a JSONL or JSON file stands, and the record. Raises CalibrationError naming the line."""
+    text = _decode(path)
+    lines = path.name.removesuffix(".gz").endswith(".jsonl")
+    return _json_lines(path, text) if lines else _json_records(path, text)
 
 
 def _decode(path: Path) -> str:
