@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import CalibrationError
-from penjing.evaluation.text import records
+from penjing.evaluation.text import is_records, records
 from penjing.evaluation.windows import leading_token
 from penjing.methods.training import IGNORED, Batch
 
@@ -102,6 +102,14 @@ def collate(pairs: Sequence[Pair], padding: int) -> Batch:
         mask[row, : len(pair.ids)] = 1
         labels[row, : len(pair.ids)][pair.learnt] = pair.ids[pair.learnt]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def holds_pairs(data: str | Path) -> bool:
+    """Whether `data` is a file of records with prompts or messages, and not of plain text."""
+    if not is_records(data) or not Path(data).is_file():
+        return False
+    first = next((record for _, record in records(Path(data))), None)
+    return isinstance(first, Mapping) and not {"text", "content"} & first.keys()
 
 
 def read_pairs(data: str | Path, tokenizer: Any, length: int, samples: int | None = None) -> list[Pair]:

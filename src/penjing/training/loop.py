@@ -167,8 +167,9 @@ def _accelerator() -> Any:
 
 
 def _keep_less(model: Any) -> None:
-    """Let every block compute its activations again in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """Let every block compute its activations again in the backward pass. (The name changed in transformers 5.)"""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _seed(seed: int, step: int, device: int) -> None:

@@ -1,0 +1,1 @@
+"""Adaptation: what is trained beside, or into, the weights of a finished model."""

@@ -1,0 +1,78 @@
+"""A matrix plus a change of low rank, which disappears into the matrix at the end; zeros of the matrix stay zeros.
+
+    W' = W + s (B A) * M        B (N, r), first zero; A (r, K), first random; s = alpha / r, or alpha / sqrt(r) (rsLoRA)
+
+with M the mask of an earlier pruning (all ones without one). The mask is part of what is trained, not only of what is
+merged: the model that is trained is, number for number, the model that is written.
+
+Worked example. W = [[1, 0]], kept [[1, 0]], B = [[2]], A = [[3, 5]], s = 1/2: W' = [[1 + 3, 0]].
+
+Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685), section 4.1; Kalajdzievski 2023, rsLoRA (arXiv:2312.03732). The mask
+inside the change as in Lu et al. 2024, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning" (arXiv:2405.16057).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class LowRankChange(nn.Module):
+    """The parametrisation of one matrix (N, K), or of a stack of them (E, N, K)."""
+
+    kept: Tensor | None
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, kept: Tensor | None = None) -> None:
+        super().__init__()
+        *stack, rows, columns = weight.shape
+        rank = min(rank, rows, columns)
+        bound = 1 / math.sqrt(columns)
+        self.up = nn.Parameter(torch.zeros(*stack, rows, rank))
+        self.down = nn.Parameter(torch.empty(*stack, rank, columns).uniform_(-bound, bound))
+        self.scale = scale
+        self.register_buffer("kept", kept, persistent=False)
+
+    def change(self) -> Tensor:
+        """s (B A) * M, of the matrix's shape, in fp32."""
+        change = self.up @ self.down * self.scale
+        return change if self.kept is None else change * self.kept
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The matrix with its change, in its own dtype."""
+        return weight + self.change().to(weight.dtype)
+
+
+def scale_of(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
+    """s, which keeps the size of the change when the rank is another."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(full name, module, name in it) of every weight that multiplies hidden states, in decoder blocks.
+
+    Embeddings and the head are left out; stacks of experts are one parameter of three dimensions.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                yield f"{name}.{own}", module, own
+
+
+def attach(module: nn.Module, name: str, change: LowRankChange) -> None:
+    """Let `module` compute with its parameter `name` plus `change`; the parameter itself is not trained."""
+    parametrize.register_parametrization(module, name, change)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Put every change into its matrix, which is then a plain parameter again."""
+    for module in list(model.modules()):
+        for name in list(getattr(module, "parametrizations", {})):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model.requires_grad_(False)

@@ -1,0 +1,102 @@
+"""Recovery: bring a compressed model back towards the dense one, by training on its logits.
+
+    minimise  mean over tokens of  KL(p || q) = sum_v p_v (log p_v - log q_v)       p dense, q the model
+
+over low-rank changes of all matrices of the blocks (merged at the end), or over every parameter. Weights that are zero
+when it begins, because an earlier step pruned them, are zero when it ends. With `loss: next-token` there is no teacher.
+The gradient of the model's logits is q - p.
+
+Worked example. p = (1/2, 1/2), logits (log 3, 0), so q = (3/4, 1/4): KL = log(2 / sqrt(3)) = 0.1438, the gradient
+(1/4, -1/4).
+
+Source: Hinton et al. 2015 (arXiv:1503.02531) at temperature 1; as recovery after pruning Muralidharan et al. 2024
+(arXiv:2407.14679), section 4, who found logits alone to do as well as logits and hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from penjing.methods.adaptation.low_rank_change import LowRankChange, attach, matrices, merge, scale_of
+from penjing.methods.training import Batch, Loss, NextToken, Teacher, Training, TrainOptions, TrainTask, run, scored
+
+ROWS = 256
+"""Tokens whose distributions are in memory at once, beside the logits."""
+
+
+class RecoverOptions(TrainOptions):
+    """Recipe keys of recovery."""
+
+    what: Literal["lora", "full"] = Field("lora", description="low-rank changes, merged at the end, or every parameter")
+    loss: Literal["logits", "next-token"] = Field("logits", description="the teacher's distribution, or the text")
+    rank: int = Field(16, ge=1, description="of the low-rank changes")
+    alpha: float = Field(32.0, gt=0, description="their scale: alpha / rank")
+    rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    learning_rate: float = Field(3e-4, gt=0, description="at its highest; `full` wants a tenth of it")
+
+
+class _ForwardKL(torch.autograd.Function):
+    """Sum over rows of KL(p || q) for logits (R, V); keeps the gradient q - p and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, model: Tensor, dense: Tensor) -> Tensor:
+        gradient = torch.empty_like(model)
+        total = torch.zeros((), device=model.device, dtype=torch.float64)
+        for into, own, wanted in zip(gradient.split(ROWS), model.split(ROWS), dense.split(ROWS), strict=True):
+            log_p, log_q = wanted.float().log_softmax(-1), own.float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum().double()
+            into.copy_(log_q.exp_() - p)
+        ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None
+
+
+def forward_kl(model: Tensor, dense: Tensor) -> Tensor:
+    """Mean KL(p || q) in nats of logits (R, V) of the model to those of the dense one."""
+    return _ForwardKL.apply(model, dense) / max(len(model), 1)
+
+
+class MatchLogits(nn.Module):
+    """The objective: KL to a teacher's next-token distribution, at the positions whose next token counts."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = Teacher(teacher)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Its mean over those positions."""
+        at = scored(batch)
+        dense = self.teacher(batch).logits[:, :-1][at]
+        value = forward_kl(run(model, batch).logits[:, :-1][at], dense)
+        return Loss(value, int(at.sum()))
+
+
+def train(task: TrainTask, options: RecoverOptions) -> Training:
+    """The method's `train` shape."""
+    if options.what == "lora":
+        scale = scale_of(options.alpha, options.rank, options.rank_stabilised)
+        for name, module, own in list(matrices(task.model)):
+            weight = getattr(module, own)
+            attach(module, own, LowRankChange(weight, options.rank, scale, task.kept.get(name)))
+    else:
+        task.model.requires_grad_(True)
+        hold_zeros(task)
+    objective = NextToken() if options.loss == "next-token" else MatchLogits(task.teacher())
+    return Training(task.model, objective, finish=lambda: merge(task.model))
+
+
+def hold_zeros(task: TrainTask) -> None:
+    """Take the gradient of pruned weights away, so that AdamW leaves them zero: no moment, and no decay of zero."""
+    for name, parameter in task.model.named_parameters():
+        kept = task.kept.get(name)
+        if kept is not None:
+            parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))

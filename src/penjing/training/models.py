@@ -1,0 +1,67 @@
+"""Whole models in memory for training: from any checkpoint that Penjing reads, and back into a stock directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penjing.checkpoint import write_bytes
+from penjing.checkpoint.base import Checkpoint
+from penjing.errors import CheckpointError
+from penjing.models.build import build_meta
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a checkpoint of plain tensors, in evaluation mode and without gradients.
+
+    Raises CheckpointError when its tensors are not those of the model, or are packed codes.
+    """
+    if "quantization_config" in checkpoint.config:
+        raise CheckpointError(f"{checkpoint.label} holds packed codes; training starts from plain tensors")
+    blank = build_meta(checkpoint.config, trust_remote_code=trust_remote_code)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.specs()}
+    model, told = type(blank).from_pretrained(
+        None, config=blank.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    odd = {key: sorted(told[key])[:3] for key in ("missing_keys", "mismatched_keys", "unexpected_keys") if told[key]}
+    if odd:
+        raise CheckpointError(f"{checkpoint.label}: tensors do not fit the model: {odd}")
+    return model.eval().requires_grad_(False)
+
+
+def zeros_of(model: nn.Module) -> dict[str, Tensor]:
+    """bool masks, false at exact zeros, of the matrices that have any, by parameter name. Embeddings have none."""
+    inside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    masks = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in inside:
+            kept = parameter.detach() != 0
+            if not kept.all():
+                masks[name] = kept
+    return masks
+
+
+def save_model(
+    model: Any, checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> None:
+    """Write `model` as a stock Hugging Face directory, whole or not at all.
+
+    config.json is that of `checkpoint` with `changes`, and its other files are copied; tied weights are stored once.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(dtype).save_pretrained(partial)
+    written = {"dtype": str(dtype).removeprefix("torch.")}
+    config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
+    config |= {**written, **(changes or {})}
+    for name, content in checkpoint.files():
+        write_bytes(partial / name, content)
+    write_bytes(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.replace(directory)

@@ -1,0 +1,90 @@
+"""One recipe step that trains: a dense checkpoint in, a dense checkpoint out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penjing.checkpoint import Checkpoint, open_checkpoint
+from penjing.evaluation.text import load_documents
+from penjing.evaluation.windows import evaluation_windows, leading_token, load_tokenizer
+from penjing.methods.training import TrainFunction, TrainOptions, TrainTask
+from penjing.training.data import Batches, Pairs, Windows, holds_pairs, padding_of, read_pairs
+from penjing.training.log import Curve
+from penjing.training.loop import Progress, train
+from penjing.training.models import load_model, save_model, zeros_of
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """What a step that trains works on.
+
+    source    the dense checkpoint it starts from
+    original  the dense model: the teacher, unless the options name another
+    tokens    int64 (S, T), windows of the recipe's text; trained on unless the options name `data`
+    dtype     in which the result is written
+    """
+
+    source: Checkpoint
+    original: Checkpoint
+    tokens: Tensor
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+    def run(
+        self,
+        name: str,
+        method: TrainFunction,
+        options: TrainOptions,
+        directory: Path,
+        work: Path,
+        progress: Progress = lambda stage, done, total, detail: None,
+    ) -> Curve:
+        """Train and write the model to `directory`; state and log lie in `work`, from which a killed run continues.
+
+        Raises CalibrationError, CheckpointError and what the loop raises.
+        """
+        batches, seen = self.batches(options)
+        model = load_model(self.source, trust_remote_code=self.trust_remote_code)
+        task = TrainTask(model, lambda: self.teacher(options), zeros_of(model))
+        torch.manual_seed(options.seed)
+        training = method(task, options)
+        marks = {"method": name, "model": self.source.fingerprint(), "data": seen}
+        with torch.enable_grad():
+            curve = train(training, batches, options, work, marks=marks, progress=progress, name=name)
+        finished = model if training.finish is None else training.finish()
+        save_model(finished, self.source, directory, self.dtype)
+        return curve
+
+    def teacher(self, options: TrainOptions) -> Any:
+        """The model to learn from."""
+        named = options.teacher
+        wanted = self.original if named is None else open_checkpoint(named, trust_remote_code=self.trust_remote_code)
+        return load_model(wanted, trust_remote_code=self.trust_remote_code)
+
+    def batches(self, options: TrainOptions) -> tuple[Batches, str]:
+        """What to train on, and its digest."""
+        sizes = (options.batch_size, min(options.micro_batch, options.batch_size), options.seed)
+        if options.data is None:
+            return Windows(self.tokens, *sizes), _digest(self.tokens.tolist())
+        tokenizer = load_tokenizer(self.source.files())
+        length = options.length or self.tokens.shape[1]
+        if holds_pairs(options.data):
+            pairs = read_pairs(options.data, tokenizer, length, options.samples)
+            seen = _digest([(pair.ids.tolist(), pair.learnt.tolist()) for pair in pairs])
+            return Pairs(pairs, padding_of(tokenizer), *sizes), seen
+        documents = load_documents(options.data, "calibration")
+        tokens = evaluation_windows(
+            documents, tokenizer, windows=options.samples, length=length, bos=leading_token(tokenizer)
+        )
+        return Windows(tokens, *sizes), _digest(tokens.tolist())
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
