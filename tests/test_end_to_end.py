@@ -27,6 +27,7 @@ from runs import compress, recipe, shards, texts
 from tiny_models import FAMILIES
 
 pytest.importorskip("compressed_tensors")
+pytest.importorskip("accelerate")
 
 Step = dict[str, Any]
 
@@ -63,6 +64,9 @@ def four(method: str, **keys: Any) -> Step:
 
 
 W8A8 = step("rtn", bits=8, group_size="channel", activations={"bits": 8})
+
+
+RECOVER = step("recover", steps=2, batch_size=2, micro_batch=2, rank=4)
 
 
 def static(method: str = "rtn", targets: tuple[str, ...] = ("linear",), **keys: Any) -> Step:
@@ -200,6 +204,12 @@ ONLY_NATIVE: dict[str, Case] = {
     ),
 }
 
+TRAINED: dict[str, Case] = {
+    "wanda, recover": Case((step("wanda", sparsity=0.5), RECOVER), "native"),
+    "wanda, recover, gptq": Case((step("wanda", sparsity=0.5), RECOVER, four("gptq")), "native", "mixtral"),
+    "shortgpt, recover, gptq": Case((step("shortgpt", drop=1), RECOVER | {"what": "full"}, four("gptq"))),
+}
+
 FLOATS: dict[str, Case] = {
     "rtn fp8, fp8 inputs": Case((step("rtn", type="fp8-e4m3", activations={"type": "fp8"}),)),
     "rtn fp8 tensor, static fp8 inputs": Case(
@@ -275,7 +285,7 @@ def _llama() -> dict[str, Case]:
     return cases
 
 
-CASES: dict[str, Case] = {**_llama(), **ONLY_NATIVE, **FLOATS, **TIED, **_families()}
+CASES: dict[str, Case] = {**_llama(), **ONLY_NATIVE, **FLOATS, **TRAINED, **TIED, **_families()}
 
 
 @dataclass(frozen=True)
@@ -364,7 +374,7 @@ def test_the_report_tells_what_was_done(name: str, written) -> None:
     headers = report.bytes - written_bytes
     assert 0 < headers < 2_000 + 150 * report.verification["tensors"]
     for row in report.modules:
-        assert (row.error is None) == (row.scheme == "dense"), row
+        assert (row.error is None) == (row.scheme == "dense" or not row.steps), row
         assert row.error is None or 0 <= row.error < 1.5, row
     assert len(report.block_errors) == json_config(run)["blocks"]
 

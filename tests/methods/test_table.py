@@ -55,7 +55,8 @@ def test_rows_of_the_table_are_complete(name):
     method = METHODS[name]
     assert method.name == name and len(method.summary) > 20
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|https://", method.paper)
-    assert any((method.linear, method.transform, method.learn, method.tune, method.select, method.rewrite))
+    shapes = (method.linear, method.transform, method.learn, method.tune, method.select, method.rewrite, method.remake)
+    assert any(shapes)
     assert method.select is None or method.select.scores().value == 0
     assert all(field.description for field in method.options.model_fields.values())
 

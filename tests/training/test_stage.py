@@ -40,7 +40,8 @@ def pruned(model: Path, directory: Path) -> Path:
 
 
 def stage(source: Path, original: Path) -> TrainStage:
-    return TrainStage(open_checkpoint(source), open_checkpoint(original), token_windows(6, 24), torch.float32)
+    student = open_checkpoint(source)
+    return TrainStage(student, open_checkpoint(original), token_windows(6, 24), student.config, torch.float32)
 
 
 @pytest.mark.parametrize("what", ["lora", "full"])
@@ -110,7 +111,8 @@ def test_a_killed_stage_writes_the_same(tiny_model, tmp_path):
 
 def test_packed_codes_and_foreign_tensors_are_refused(tiny_model, tmp_path):
     source = open_checkpoint(tiny_model("llama"))
-    save_model(load_model(source), source, tmp_path / "codes", torch.float32, {"quantization_config": {"bits": 4}})
+    config = {**source.config, "quantization_config": {"bits": 4}}
+    save_model(load_model(source), source, tmp_path / "codes", torch.float32, config)
     with pytest.raises(CheckpointError, match="packed codes"):
         load_model(open_checkpoint(tmp_path / "codes"))
     save_model(load_model(source), source, tmp_path / "odd", torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from penjing.methods.adaptation import recover
 from penjing.methods.base import Method, Selection
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
@@ -22,6 +23,7 @@ from penjing.methods.quantization import (
     spqr,
     zeroquant,
 )
+from penjing.methods.training import Trained
 from penjing.methods.typed_grid import SearchedGridOptions
 from penjing.methods.weight_sharing import kmeans
 from penjing.statistics import AbsMax, ColumnNorm, CosineChange, CrossGram, Gram, MeanAbs, TokenSample
@@ -234,6 +236,13 @@ _TABLE = (
         paper="arXiv:2403.03853",
         options=shortgpt.ShortGPTOptions,
         select=Selection(CosineChange, shortgpt.select),
+    ),
+    Method(
+        name="recover",
+        summary="train a compressed model towards the dense model's logits, by LoRA or whole; zeros stay",
+        paper="arXiv:2407.14679",
+        options=recover.RecoverOptions,
+        remake=Trained(start=recover.train),
     ),
 )
 

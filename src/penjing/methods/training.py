@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from penjing.methods.base import Options
+from penjing.methods.base import Options, Remake
+from penjing.models.layout import Layout
 
 Batch = Mapping[str, Tensor]
 """Inputs of a model by the names of its forward's arguments.
@@ -85,7 +86,23 @@ class Training:
 
 
 TrainFunction = Callable[[TrainTask, Any], Training]
-"""The `train` shape of a method: what to train, given its options."""
+"""What to train, given a method's options."""
+
+
+def _unchanged(config: Mapping[str, Any], layout: Layout, options: Any) -> Mapping[str, Any]:
+    return config
+
+
+@dataclass(frozen=True)
+class Trained(Remake):
+    """The shape of a method that trains: the model it makes has other weights and, unless it says so, the same config.
+
+    start  names what is trained and why
+    """
+
+    start: TrainFunction = field(kw_only=True)
+    config: Callable[[Mapping[str, Any], Layout, Any], Mapping[str, Any]] = _unchanged
+    keeps_zeros: Callable[[Any], bool] = lambda options: True
 
 
 class TrainOptions(Options):
@@ -93,7 +110,7 @@ class TrainOptions(Options):
 
     steps: int = Field(100, ge=1, description="steps of the optimiser")
     batch_size: int = Field(8, ge=1, description="windows or pairs per step, over all devices")
-    micro_batch: int = Field(4, ge=1, description="of those, how many go through the model at once")
+    micro_batch: int = Field(1, ge=1, description="of those, how many go through the model at once")
     learning_rate: float = Field(1e-4, gt=0, description="at its highest")
     warm_up: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises; then a cosine")
     weight_decay: float = Field(0.0, ge=0, description="of matrices; vectors are left alone")
@@ -110,6 +127,10 @@ class TrainOptions(Options):
     samples: int | None = Field(None, ge=1, description="windows or pairs of `data`; default: all that `steps` need")
     length: int | None = Field(None, ge=2, description="tokens per window or pair; default: that of the recipe's text")
     teacher: str | None = Field(None, description="another model to learn from; default: the original")
+
+    def trained(self, layout: Layout) -> int:
+        """Number of parameters that are trained, for the plan's memory."""
+        return layout.parameters
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -23,11 +23,13 @@ from penjing.checkpoint.directory import INDEX
 from penjing.formats.base import Finished, OneFile
 from penjing.methods.base import Remake
 from penjing.methods.quantization.kivi import CONFIG_KEY
+from penjing.methods.training import Trained
 from penjing.models import Layout, layout_of
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
+from penjing.pipeline.trained import make_trained
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
@@ -70,7 +72,7 @@ class RemakeTask:
 Maker = Callable[[RemakeTask], Mapping[str, Any]]
 """Writes a dense Hugging Face directory and returns what the report should say of it, as JSON."""
 
-MAKERS: dict[type[Remake], Maker] = {}
+MAKERS: dict[type[Remake], Maker] = {Trained: make_trained}
 """Who does the work of each kind of `Remake`."""
 
 _DONE = "stage.json"

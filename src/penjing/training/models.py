@@ -16,6 +16,8 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.errors import CheckpointError
 from penjing.models.build import build_meta
 
+_NOT_WRITTEN = ("torch_dtype", "_name_or_path")
+
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
     """The transformers model of a checkpoint of plain tensors, in evaluation mode and without gradients.
@@ -48,20 +50,19 @@ def zeros_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_model(
-    model: Any, checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+    model: Any, checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, config: Mapping[str, Any] | None = None
 ) -> None:
     """Write `model` as a stock Hugging Face directory, whole or not at all.
 
-    config.json is that of `checkpoint` with `changes`, and its other files are copied; tied weights are stored once.
+    config.json is `config`, by default that of `checkpoint`, whose other files are copied. What is tied is stored once.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(dtype).save_pretrained(partial)
-    written = {"dtype": str(dtype).removeprefix("torch.")}
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    config |= {**written, **(changes or {})}
+    entries = {key: value for key, value in (config or checkpoint.config).items() if key not in _NOT_WRITTEN}
+    entries["dtype"] = str(dtype).removeprefix("torch.")
     for name, content in checkpoint.files():
         write_bytes(partial / name, content)
-    write_bytes(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(partial / "config.json", (json.dumps(entries, indent=2) + "\n").encode())
     shutil.rmtree(directory, ignore_errors=True)
     partial.replace(directory)

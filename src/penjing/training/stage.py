@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,17 @@ class TrainStage:
     source    the dense checkpoint it starts from
     original  the dense model: the teacher, unless the options name another
     tokens    int64 (S, T), windows of the recipe's text; trained on unless the options name `data`
+    config    config.json of the result
     dtype     in which the result is written
+    sparse    the source's zeros are those of an earlier pruning, and stay
     """
 
     source: Checkpoint
     original: Checkpoint
     tokens: Tensor
+    config: Mapping[str, Any]
     dtype: torch.dtype
+    sparse: bool = True
     trust_remote_code: bool = False
 
     def run(
@@ -52,14 +57,14 @@ class TrainStage:
         """
         batches, seen = self.batches(options)
         model = load_model(self.source, trust_remote_code=self.trust_remote_code)
-        task = TrainTask(model, lambda: self.teacher(options), zeros_of(model))
+        task = TrainTask(model, lambda: self.teacher(options), zeros_of(model) if self.sparse else {})
         torch.manual_seed(options.seed)
         training = method(task, options)
         marks = {"method": name, "model": self.source.fingerprint(), "data": seen}
         with torch.enable_grad():
             curve = train(training, batches, options, work, marks=marks, progress=progress, name=name)
         finished = model if training.finish is None else training.finish()
-        save_model(finished, self.source, directory, self.dtype)
+        save_model(finished, self.source, directory, self.dtype, self.config)
         return curve
 
     def teacher(self, options: TrainOptions) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from penjing.methods.adaptation.low_rank_change import LowRankChange, attach, matrices, merge, scale_of
 from penjing.methods.training import Batch, Loss, NextToken, Teacher, Training, TrainOptions, TrainTask, run, scored
+from penjing.models.layout import Layout
 
 ROWS = 256
 """Tokens whose distributions are in memory at once, beside the logits."""
@@ -37,6 +38,12 @@ class RecoverOptions(TrainOptions):
     alpha: float = Field(32.0, gt=0, description="their scale: alpha / rank")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
     learning_rate: float = Field(3e-4, gt=0, description="at its highest; `full` wants a tenth of it")
+
+    def trained(self, layout: Layout) -> int:
+        if self.what == "full":
+            return layout.parameters
+        inside = (module for module in layout.modules if module.block is not None and module.kind == "linear")
+        return sum(self.rank * sum(module.shape) for module in inside)
 
 
 class _ForwardKL(torch.autograd.Function):
