@@ -41,7 +41,7 @@ def build_meta(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    with _quiet(), torch.device("meta"), no_init_weights():
+    with quiet(), torch.device("meta"), no_init_weights():
         try:
             remote = trust_remote_code and "auto_map" in config and config["model_type"] not in CONFIG_MAPPING_NAMES
             settings = _settings(config, remote)
@@ -68,16 +68,19 @@ def _settings(config: Mapping[str, Any], remote: bool) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers comments on token ids and the like; what matters is said by our own errors."""
+def quiet() -> Iterator[None]:
+    """transformers comments on token ids and the like; what matters is said by our own errors and progress."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _compute_buffers(model: nn.Module) -> None:

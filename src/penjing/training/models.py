@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from penjing.checkpoint import write_bytes
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import CheckpointError
-from penjing.models.build import build_meta
+from penjing.models.build import build_meta, quiet
 
 _NOT_WRITTEN = ("torch_dtype", "_name_or_path")
 
@@ -28,9 +28,10 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, tr
         raise CheckpointError(f"{checkpoint.label} holds packed codes; training starts from plain tensors")
     blank = build_meta(checkpoint.config, trust_remote_code=trust_remote_code)
     tensors = {name: checkpoint.load(name) for name in checkpoint.specs()}
-    model, told = type(blank).from_pretrained(
-        None, config=blank.config, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
+    with quiet():
+        model, told = type(blank).from_pretrained(
+            None, config=blank.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
     odd = {key: sorted(told[key])[:3] for key in ("missing_keys", "mismatched_keys", "unexpected_keys") if told[key]}
     if odd:
         raise CheckpointError(f"{checkpoint.label}: tensors do not fit the model: {odd}")
@@ -58,7 +59,8 @@ def save_model(
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.to(dtype).save_pretrained(partial)
+    with quiet():
+        model.to(dtype).save_pretrained(partial)
     entries = {key: value for key, value in (config or checkpoint.config).items() if key not in _NOT_WRITTEN}
     entries["dtype"] = str(dtype).removeprefix("torch.")
     for name, content in checkpoint.files():

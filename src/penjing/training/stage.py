@@ -75,20 +75,27 @@ class TrainStage:
 
     def batches(self, options: TrainOptions) -> tuple[Batches, str]:
         """What to train on, and its digest."""
-        sizes = (options.batch_size, min(options.micro_batch, options.batch_size), options.seed)
         if options.data is None:
-            return Windows(self.tokens, *sizes), _digest(self.tokens.tolist())
-        tokenizer = load_tokenizer(self.source.files())
-        length = options.length or self.tokens.shape[1]
-        if holds_pairs(options.data):
-            pairs = read_pairs(options.data, tokenizer, length, options.samples)
-            seen = _digest([(pair.ids.tolist(), pair.learnt.tolist()) for pair in pairs])
-            return Pairs(pairs, padding_of(tokenizer), *sizes), seen
-        documents = load_documents(options.data, "calibration")
-        tokens = evaluation_windows(
-            documents, tokenizer, windows=options.samples, length=length, bos=leading_token(tokenizer)
-        )
-        return Windows(tokens, *sizes), _digest(tokens.tolist())
+            return Windows(self.tokens, *_sizes(options)), _digest(self.tokens.tolist())
+        return read_batches(options, load_tokenizer(self.source.files()), self.tokens.shape[1])
+
+
+def read_batches(options: TrainOptions, tokenizer: Any, length: int = 512) -> tuple[Batches, str]:
+    """Batches of `options.data`, windows or pairs of `options.length` tokens (by default `length`), and their digest."""
+    assert options.data is not None
+    length = options.length or length
+    if holds_pairs(options.data):
+        pairs = read_pairs(options.data, tokenizer, length, options.samples)
+        seen = _digest([(pair.ids.tolist(), pair.learnt.tolist()) for pair in pairs])
+        return Pairs(pairs, padding_of(tokenizer), *_sizes(options)), seen
+    documents = load_documents(options.data, "calibration")
+    bos = leading_token(tokenizer)
+    tokens = evaluation_windows(documents, tokenizer, windows=options.samples, length=length, bos=bos)
+    return Windows(tokens, *_sizes(options)), _digest(tokens.tolist())
+
+
+def _sizes(options: TrainOptions) -> tuple[int, int, int]:
+    return options.batch_size, min(options.micro_batch, options.batch_size), options.seed
 
 
 def _digest(content: object) -> str:

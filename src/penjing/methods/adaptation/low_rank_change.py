@@ -18,7 +18,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+_BRANCH = "low_rank_change"
 
 
 class LowRankChange(nn.Module):
@@ -35,11 +39,16 @@ class LowRankChange(nn.Module):
         self.down = nn.Parameter(torch.empty(*stack, rank, columns).uniform_(-bound, bound))
         self.scale = scale
         self.register_buffer("kept", kept, persistent=False)
+        self.hook: RemovableHandle | None = None
 
     def change(self) -> Tensor:
         """s (B A) * M, of the matrix's shape, in fp32."""
         change = self.up @ self.down * self.scale
         return change if self.kept is None else change * self.kept
+
+    def branch(self, inputs: Tensor) -> Tensor:
+        """What the change adds to a linear's outputs (..., N), for its inputs (..., K); only without a mask."""
+        return linear(linear(inputs, self.down.to(inputs.dtype)), self.up.to(inputs.dtype)) * self.scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """The matrix with its change, in its own dtype."""
@@ -66,8 +75,22 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def attach(module: nn.Module, name: str, change: LowRankChange) -> None:
-    """Let `module` compute with its parameter `name` plus `change`; the parameter itself is not trained."""
-    parametrize.register_parametrization(module, name, change)
+    """Let `module` compute with its parameter `name` plus `change`; the parameter itself is not trained.
+
+    A linear without a mask multiplies its inputs by A and by B, which never asks for the gradient of a whole matrix.
+    Everything else adds the two matrices first.
+    """
+    if isinstance(module, nn.Linear) and name == "weight" and change.kept is None:
+        module.add_module(_BRANCH, change)
+        change.hook = module.register_forward_hook(_add_branch)
+    else:
+        parametrize.register_parametrization(module, name, change)
+
+
+def _add_branch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    change = module.get_submodule(_BRANCH)
+    assert isinstance(change, LowRankChange)
+    return output + change.branch(args[0])
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -75,4 +98,11 @@ def merge(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        change = module._modules.get(_BRANCH)
+        if isinstance(change, LowRankChange):
+            assert change.hook is not None
+            change.hook.remove()
+            del module._modules[_BRANCH]
+            weight = module.get_parameter("weight")
+            weight.data = change(weight).detach()
     return model.requires_grad_(False)
