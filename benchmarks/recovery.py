@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--drop", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -58,15 +58,17 @@ def recovery(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch,
         "micro_batch": options.batch,
         "learning_rate": options.learning_rate,
+        "data": options.training,
+        "samples": options.steps * options.batch,
+        "length": options.length,
     }
-    samples = options.steps * options.batch
     found: dict[str, Any] = {}
     for name, steps in {"dropped": [drop], "recovered": [drop, recover]}.items():
         recipe = {
             "version": 1,
             "steps": steps,
-            "calibration": {"data": options.training, "samples": samples, "length": options.length},
-            "evaluation": {"data": options.evaluation, "windows": 8, "length": 512},
+            "calibration": {"data": options.training, "samples": 16, "length": options.length},
+            "evaluation": {"data": options.evaluation, "windows": 6, "length": 512},
             "format": "dense",
         }
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +88,7 @@ def recovery(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def step_times(options: argparse.Namespace, turns: int = 4) -> dict[str, Any]:
+def step_times(options: argparse.Namespace, turns: int = 3) -> dict[str, Any]:
     """Processor seconds of a step of full training: the loop's and a bare one's, in turns."""
     model = load_model(open_checkpoint(options.model))
     bare = copy.deepcopy(model).requires_grad_(True)

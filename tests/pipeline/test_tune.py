@@ -39,7 +39,7 @@ def test_the_loss_falls_and_codes_stay(tiny_model: Callable[..., Path], short, t
 
     def hear(stage: str, done: int, total: int, detail: str) -> None:
         if stage == "e2e-qp":
-            losses.append(float(detail.removeprefix("KL ")))
+            losses.append(float(detail.removeprefix("loss ")))
 
     rounded = compress(model, recipe(short, GPTQ, format="native"), tmp_path / "rounded")
     trained = compress(model, recipe(short, GPTQ, TRAIN, format="native"), tmp_path / "trained", progress=hear)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penjing.methods.adaptation import recover
+from penjing.methods.adaptation import peqa, recover
 from penjing.methods.base import Method, Selection
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
@@ -106,6 +106,14 @@ _TABLE = (
         options=e2e_qp.E2EOptions,
         tune=e2e_qp.tune,
         passes=lambda options, windows: 2 + 5 * options.iterations * min(options.batch_size, windows) / windows,
+    ),
+    Method(
+        name="peqa",
+        summary="teach a quantised model the recipe's text by its scales alone; codes stay bit for bit",
+        paper="arXiv:2305.14152",
+        options=peqa.PEQAOptions,
+        tune=peqa.tune,
+        passes=lambda options, windows: 5 * options.iterations * min(options.batch_size, windows) / windows,
     ),
     Method(
         name="bcq",

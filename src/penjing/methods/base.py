@@ -225,12 +225,14 @@ class ModelTask:
     loss     KL(dense || model) in nats per token over some windows, when some linears have other weights (N, K) and
              some norms other values: what the function gives for a full name, None for as they are. Leaves the
              gradients in the leaves behind those tensors
+    told     the same for the negative log-likelihood of the windows' own next tokens
     """
 
     weights: Mapping[str, Representation]
     norms: Mapping[str, Tensor]
     windows: int
     loss: Callable[[Sequence[int], Callable[[str], Tensor | None]], float]
+    told: Callable[[Sequence[int], Callable[[str], Tensor | None]], float]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from penjing.methods.base import ModelTask, Tuned
@@ -63,7 +64,7 @@ class FinishedModel:
         self._rows = {row.module.name: row for row in plan.rows}
         notes = {name: entry["notes"] for name, entry in journal.shards.items()}
         self._shard_of = {tensor: name for name, note in notes.items() for tensor in note["tensors"]}
-        self._dense = teacher
+        self._dense, self._tokens = teacher, tokens
         self._written = StreamedModel(config, plan.layout, self._live, trust_remote_code=trust_remote_code)
         self._targets = teacher.forward(tokens, dtype)
         self._inputs = self._written.embed(tokens, dtype)
@@ -105,26 +106,36 @@ class FinishedModel:
             weights={name: self.weights[name] for name in names},
             norms={f"{norm.name}.weight": self.frozen[f"{norm.name}.weight"].float() for norm in norms},
             windows=len(self._inputs),
-            loss=self.loss,
+            loss=partial(self._loss, self._against_dense),
+            told=partial(self._loss, self._against_text),
         )
 
-    def loss(self, batch: Sequence[int], given: Given) -> float:
-        """KL(dense || model) in nats per token over some windows; gradients go to the leaves behind `given`."""
+    def _loss(self, loss: Callable[[int, slice, Tensor], Tensor], batch: Sequence[int], given: Given) -> float:
+        """Mean in nats per token over some windows of a sum over logits; gradients go to the leaves behind `given`."""
         total = 0.0
-        dense_head, head = self._heads
+        _, head = self._heads
         for window in batch:
             states = self._inputs[window : window + 1].detach().requires_grad_()
             for index in range(self.layout.blocks):
                 states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
             leaf = states.detach().requires_grad_()
-            tokens = len(batch) * states.shape[1]
-            wanted = self._targets[window : window + 1]
-            for piece, target in zip(leaf.split(HEAD_TOKENS, 1), wanted.split(HEAD_TOKENS, 1), strict=True):
-                loss = divergence(dense_head(target), head(piece)) / tokens
-                loss.backward()
-                total += loss.item()
+            length = states.shape[1]
+            for start in range(0, length, HEAD_TOKENS):
+                at = slice(start, min(start + HEAD_TOKENS, length))
+                value = loss(window, at, head(leaf[:, at])) / (len(batch) * length)
+                value.backward()
+                total += value.item()
             states.backward(leaf.grad)
         return total
+
+    def _against_dense(self, window: int, at: slice, logits: Tensor) -> Tensor:
+        """Sum of KL(dense || model) at some positions of a window."""
+        return divergence(self._heads[0](self._targets[window : window + 1, at]), logits)
+
+    def _against_text(self, window: int, at: slice, logits: Tensor) -> Tensor:
+        """Sum of the negative log-likelihoods of the tokens that follow them; the last position has none."""
+        following = self._tokens[window, at.start + 1 : at.stop + 1].to(logits.device)
+        return cross_entropy(logits[: len(following)], following, reduction="sum")
 
     def _block(self, index: int, given: Given, states: Tensor) -> Tensor:
         prefix = f"{self.layout.block_name(index)}."
@@ -170,7 +181,7 @@ def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:
         steps = getattr(step.options, "iterations", 1)
 
         def report(done: int, loss: float, name: str = step.method, steps: int = steps) -> None:
-            progress(name, done + 1, steps, f"KL {loss:.4f}")
+            progress(name, done + 1, steps, f"loss {loss:.4f}")
 
         with model:
             tuned = train(model.task(names), step.options, report)

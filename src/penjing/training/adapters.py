@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from penjing.checkpoint import open_checkpoint
 from penjing.errors import CheckpointError, FormatError, MissingDependency
 from penjing.evaluation.windows import load_tokenizer
-from penjing.methods.adaptation.lora import Adapter, merge, read_adapter
+from penjing.methods.adaptation.lora import Adapter, merge
 from penjing.methods.adaptation.residual import residual_change
 from penjing.methods.training import NextToken, Training, TrainOptions
 from penjing.models.build import quiet
 from penjing.representations import Dense, Masked
 from penjing.training.log import Curve
 from penjing.training.loop import Progress, train
+from penjing.training.peft_files import read_adapter
 from penjing.training.stage import read_batches
 
 

@@ -81,7 +81,7 @@ class TrainStage:
 
 
 def read_batches(options: TrainOptions, tokenizer: Any, length: int = 512) -> tuple[Batches, str]:
-    """Batches of `options.data`, windows or pairs of `options.length` tokens (by default `length`), and their digest."""
+    """Batches of `options.data` in windows or pairs of `options.length` (or `length`) tokens, and their digest."""
     assert options.data is not None
     length = options.length or length
     if holds_pairs(options.data):

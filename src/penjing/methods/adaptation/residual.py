@@ -37,7 +37,7 @@ def residual_change(lost: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def loftq(weight: Tensor, quantise: Callable[[Tensor], Tensor], rank: int, turns: int = 5) -> tuple[Tensor, Tensor]:
     """B and A for a weight (N, K) such that `quantise(weight - B A) + B A` is close to it.
 
-    `quantise` rounds to a grid and gives values. The turn with the smallest error counts, since a later one may be worse.
+    `quantise` rounds to a grid and gives values. The turn with the smallest error counts: a later one may be worse.
     """
     weight = weight.float()
     up, down = residual_change(weight - quantise(weight), rank)

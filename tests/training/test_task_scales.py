@@ -1,0 +1,65 @@
+"""PEQA: text grows likelier, codes stay, and a task is a small file that turns one model into the other."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from penjing.errors import CheckpointError
+from penjing.training.task_scales import apply_task, save_task
+from runs import compress, recipe, texts
+
+GPTQ = {"method": "gptq", "bits": 3, "group_size": 32}
+PEQA = {"method": "peqa", "iterations": 12, "batch_size": 2, "learning_rate": 1e-2}
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_task_is_scales_alone(family, tiny_model, tmp_path):
+    short, losses = texts(tmp_path / "texts"), []
+
+    def hear(stage: str, done: int, total: int, detail: str) -> None:
+        if stage == "peqa":
+            losses.append(float(detail.split()[-1]))
+
+    model = tiny_model(family)
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    compress(model, recipe(short, GPTQ, format="native"), base, evaluated=False)
+    compress(model, recipe(short, GPTQ, PEQA, format="native"), tuned, evaluated=False, progress=hear)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    before, after = tensors(base), tensors(tuned)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("weight_scale") for name in changed)
+    size = save_task(base, tuned, tmp_path / "task.safetensors")
+    assert 0 < size < 0.2 * sum(value.nbytes for value in before.values())
+    back = save_task(tuned, base, tmp_path / "back.safetensors")
+    assert back == size
+    for task, expected in (("task", after), ("back", before)):
+        apply_task(base, tmp_path / f"{task}.safetensors")
+        assert all(torch.equal(value, expected[name]) for name, value in tensors(base).items())
+
+
+def test_what_is_no_task(tiny_model, tmp_path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    for directory in (model, other):
+        directory.mkdir()
+    values = {"a.weight_codes": torch.arange(4), "a.weight_scale": torch.ones(2)}
+    save_file(values, model / "model.safetensors")
+    save_file({**values, "a.weight_codes": torch.arange(4) + 1}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="other codes"):
+        save_task(model, other, tmp_path / "task.safetensors")
+    save_file({"b": torch.ones(1)}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="only one of them"):
+        save_task(model, other, tmp_path / "task.safetensors")
+    with pytest.raises(CheckpointError, match="not a task"):
+        apply_task(model, other / "model.safetensors")
+    shutil.rmtree(other)
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        save_task(model, other, tmp_path / "task.safetensors")
