@@ -106,6 +106,19 @@ def assemble(finished: Finished) -> Path:
     return path
 
 
+def convert(checkpoint: Checkpoint, layout: Layout, directory: Path, dtype: torch.dtype) -> Path:
+    """A dense model as it is, matrices in `dtype`. Raises FormatError that says what cannot be written, OutputError."""
+    if reasons := [*refusals(layout, checkpoint.config), *tokenizer_problems(checkpoint)]:
+        raise FormatError(f"{checkpoint.label} cannot be written as GGUF: {'; '.join(reasons)}")
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def load(name: str) -> Tensor:
+        tensor = checkpoint.load(name)
+        return tensor if tensor.dim() == 1 else tensor.to(dtype)
+
+    return assemble(Finished(directory, layout, {}, checkpoint.config, dtype, checkpoint, load))
+
+
 def _general(finished: Finished, entries: list[_Entry]) -> dict[str, Any]:
     import gguf
 

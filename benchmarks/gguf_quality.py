@@ -1,0 +1,175 @@
+"""KL to the dense model at each type of GGUF: Penjing's files beside llama.cpp's own, of the same types.
+
+    python benchmarks/gguf_quality.py --calibration wiki.valid.raw --evaluation wiki.test.raw \\
+        --work build/gguf --output benchmarks/results/gguf_quality.json --types q8_0 q4_0
+
+Both start from the same model. llama.cpp quantises in a process of its own, from a file in F32, with and without an
+importance matrix: the mean squares of every linear's inputs over the same calibration windows, as its `imatrix` tool
+collects them. All files are then measured by the same code, which decodes them with the gguf package and computes in
+fp32. What was made stays in the working directory, so that an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from penjing import api
+from penjing.checkpoint import open_checkpoint, write_bytes
+from penjing.checkpoint.gguf_names import ARCHITECTURES
+from penjing.evaluation.report import Software
+from penjing.formats.gguf.assembly import convert
+from penjing.models import build_model, fill, find, layout_of
+from penjing.pipeline.text import TextSource
+from penjing.recipe import Calibration
+
+HEADS = {"q8_0": "q8_0", "q6_k": "q6_k"}
+"""Type of the embedding, which is the head as well; llama.cpp gives it more bits than the rest, and so do we."""
+
+
+def main() -> None:
+    """Parse, make what is missing, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--types", nargs="+", default=["q8_0", "q4_0"])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--window-length", type=int, default=1024)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    checkpoint = open_checkpoint(options.model)
+    layout = layout_of(checkpoint.config, checkpoint.specs())
+    calibration = Calibration(data=options.calibration, samples=options.samples, length=options.length)
+    text = TextSource(checkpoint).calibration(calibration)
+    dense = options.work / "f32" / "f32.gguf"
+    if not dense.is_file():
+        convert(checkpoint, layout, dense.parent, torch.float32)
+    matrix = options.work / "imatrix.safetensors"
+    if not matrix.is_file():
+        save_file(importance(options.model, text.tokens), matrix)
+
+    files: dict[str, Path] = {}
+    for kind in options.types:
+        files[f"{kind} llama.cpp"] = theirs(dense, options.work / f"{kind}.gguf", kind, None)
+        files[f"{kind} llama.cpp imatrix"] = theirs(dense, options.work / f"{kind}-imatrix.gguf", kind, matrix)
+        files[f"{kind} penjing"] = ours(options.model, options.work / f"{kind}-penjing", kind, calibration)
+    measured = api.compare(
+        [options.model, *files.values()],
+        data=options.evaluation,
+        windows=options.windows,
+        length=options.window_length,
+    )
+    runs = {
+        name: {"bytes": path.stat().st_size, "kl": result.quality.kl, "perplexity": result.quality.perplexity}
+        for (name, path), result in zip(files.items(), measured[1:], strict=True)
+    }
+    result = {
+        "calibration": text.protocol.sentence(),
+        "evaluation": measured[0].protocol.sentence(),
+        "dense_perplexity": measured[0].quality.perplexity,
+        "software": Software.here().__dict__ | {"llama-cpp-python": metadata.version("llama-cpp-python")},
+        "runs": runs,
+        "kl_ratios": {kind: ratios(kind, runs) for kind in options.types},
+    }
+    write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result, indent=1))
+
+
+def ratios(kind: str, runs: dict[str, Any]) -> dict[str, float]:
+    """Our KL over theirs, without and with an importance matrix."""
+    own = runs[f"{kind} penjing"]["kl"]
+    return {peer: own / runs[f"{kind} {peer}"]["kl"] for peer in ("llama.cpp", "llama.cpp imatrix")}
+
+
+def ours(model: str, directory: Path, kind: str, calibration: Calibration) -> Path:
+    """The path of our file."""
+    if not (directory / "report.json").is_file():
+        head = {"method": "rtn", "targets": ["embedding"], "type": HEADS.get(kind, "q8_0"), "scale_search": "weights"}
+        weights = {"method": "gptq", "type": kind, "scale_search": "diagonal"}
+        recipe = {"version": 1, "steps": [weights, head], "calibration": calibration.model_dump(), "format": "gguf"}
+        api.compress(model, recipe, directory, evaluated=False)
+    return next(directory.glob("*.gguf"))
+
+
+def theirs(dense: Path, target: Path, kind: str, matrix: Path | None) -> Path:
+    """The path of llama.cpp's file, made in a process of its own."""
+    if not target.is_file():
+        arguments = (str(dense), str(target), kind, None if matrix is None else str(matrix))
+        process = multiprocessing.get_context("spawn").Process(target=quantise, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"llama.cpp did not write {target} (exit code {process.exitcode})")
+    return target
+
+
+def quantise(source: str, target: str, kind: str, matrix: str | None) -> None:
+    """llama.cpp's own quantisation, on one thread."""
+    import llama_cpp
+
+    temporary = f"{target}.tmp"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.nthread = 1
+    names = {"q4_k": "Q4_K_S", "q5_k": "Q5_K_S", "q3_k": "Q3_K_S"}
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{names.get(kind, kind.upper())}")
+    if matrix is not None:
+        settings.imatrix = c_matrix(load_file(matrix))
+    if llama_cpp.llama_model_quantize(source.encode(), temporary.encode(), ctypes.byref(settings)):
+        raise RuntimeError("llama.cpp failed")
+    Path(temporary).rename(target)
+
+
+def c_matrix(importance: dict[str, Tensor]) -> Any:
+    """The importance matrix as llama.cpp takes it: names and arrays, ended by an empty entry."""
+    from llama_cpp.llama_cpp import llama_model_imatrix_data
+
+    entries = (llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        numbers = (ctypes.c_float * len(values))(*values.tolist())
+        entry.name, entry.data, entry.size = name.encode(), numbers, len(values)
+    return entries
+
+
+@torch.inference_mode()
+def importance(model: str, tokens: Tensor) -> dict[str, Tensor]:
+    """Mean squares of the inputs of every linear in the blocks, by the tensor's name in a GGUF file."""
+    checkpoint = open_checkpoint(model)
+    layout = layout_of(checkpoint.config, checkpoint.specs())
+    live = build_model(checkpoint.config, layout)
+    for module in layout.modules:
+        tensors = {name: checkpoint.load(f"{module.name}.{name}") for name in module.tensors}
+        if tensors:
+            fill(find(live, module.name), tensors)
+    architecture = ARCHITECTURES["llama"]
+    sums: dict[str, Tensor] = {}
+    for module in layout.modules:
+        if module.kind == "linear":
+            stored = f"{architecture.stored_name(module.name)}.weight"
+
+            def add(_: Any, inputs: tuple[Tensor, ...], name: str = stored) -> None:
+                squares = inputs[0].flatten(0, 1).square().mean(0)
+                sums[name] = sums.get(name, 0) + squares / len(tokens)
+
+            live.get_submodule(module.name).register_forward_pre_hook(add)
+    for window in tokens:
+        live(window.unsqueeze(0))
+    return {name: values.contiguous() for name, values in sums.items()}
+
+
+if __name__ == "__main__":
+    main()
