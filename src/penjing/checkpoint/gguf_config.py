@@ -16,6 +16,9 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 """The published constants of Llama 3.1 and later; GGUF stores the frequencies that follow from them instead."""
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_LARGEST_NUMBER, _SMALLEST_NUMBER = 2**31, 1e-30
+_MAY_BE_ZERO = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Keys of which 0 means that there is none of it."""
 SPECIAL_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 LoadFactors = Callable[[str], Sequence[float]]
@@ -37,6 +40,7 @@ def make_config(header: GGUFHeader, path: Path, load_factors: LoadFactors) -> di
         raise CheckpointError(
             f"{path}: no tensor token_embd.weight; only whole models can be read, not adapters or parts"
         )
+    _check_values(header, prefix, architecture, path)
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
         "architectures": [architecture.class_name],
@@ -44,7 +48,9 @@ def make_config(header: GGUFHeader, path: Path, load_factors: LoadFactors) -> di
     }
     for key, name in architecture.keys.items():
         value = header.keys.get(f"{prefix}.{key}")
-        if value is not None:
+        if value == 0:
+            config[name] = None
+        elif value is not None:
             config[name] = _shortest(value) if isinstance(value, float) else value
     for key, name in SPECIAL_TOKENS.items():
         config[name] = header.keys.get(f"tokenizer.ggml.{key}_token_id")
@@ -56,6 +62,31 @@ def make_config(header: GGUFHeader, path: Path, load_factors: LoadFactors) -> di
         _complete_attention(config, header, prefix, architecture)
         config |= _rope_scaling(config, header, prefix, path, load_factors)
     return config
+
+
+_MORE_NUMBERS = ("attention.key_length", "rope.dimension_count", "rope.scaling.factor")
+_ORIGINAL = "rope.scaling.original_context_length"
+
+
+def _check_values(header: GGUFHeader, prefix: str, architecture: Architecture, path: Path) -> None:
+    """What is read as a number is one, in bounds. Raises CheckpointError naming the key."""
+    for key in (*architecture.keys, *_MORE_NUMBERS, _ORIGINAL):
+        value = header.keys.get(f"{prefix}.{key}", 1)
+        least = 0 if key in _MAY_BE_ZERO else _SMALLEST_NUMBER
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < _LARGEST_NUMBER:
+            raise CheckpointError(f"{path}: {prefix}.{key} is {_shown(value)}, which no model has; the file is corrupt")
+    for key in SPECIAL_TOKENS:
+        token = header.keys.get(f"tokenizer.ggml.{key}_token_id", 0)
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise CheckpointError(f"{path}: tokenizer.ggml.{key}_token_id is {_shown(token)}; the file is corrupt")
+    blocks, held = header.keys.get(f"{prefix}.block_count", 0), len(header.tensors)
+    if blocks > held:
+        raise CheckpointError(f"{path}: {prefix}.block_count is {blocks} and the file has {held} tensors")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 50 else f"{text[:50]}..."
 
 
 def _shortest(value: float) -> float:
@@ -71,7 +102,7 @@ def _require_integers(config: dict[str, Any], path: Path) -> None:
     aliases = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     for name, alias in aliases.items():
         key = alias if config["model_type"] == "gpt2" else name
-        if not isinstance(config.get(key), int) or config[key] <= 0:
+        if not isinstance(config.get(key), int):
             raise CheckpointError(f"{path}: the metadata gives no usable {key} (it says {config.get(key)!r})")
 
 
