@@ -1,4 +1,4 @@
-"""Metadata of any kind in a GGUF file: a model, or a CheckpointError; never another exception, a hang or much memory."""
+"""Metadata of any kind in a GGUF file: a model, or a CheckpointError; no other exception, hang, or much memory."""
 
 from __future__ import annotations
 
