@@ -52,7 +52,7 @@ def build_meta(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with every default of its class spelled out, in the words of the installed transformers."""
-    with _quiet():
+    with quiet():
         return dict(_settings(config, False).to_dict())
 
 
