@@ -104,6 +104,9 @@ class Stage:
     remake: Step | None
 
 
+FormatName = Literal["dense", "compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes", "gguf", "native"]
+
+
 class Recipe(_Section):
     """A validated recipe."""
 
@@ -116,9 +119,7 @@ class Recipe(_Section):
     kv_cache: KVCache | None = Field(
         None, description="the cache that the result is measured with and whose settings its config.json carries"
     )
-    format: Literal["dense", "compressed-tensors", "bitsandbytes", "gguf", "native"] = Field(
-        "compressed-tensors", description="how the result lies on disk; `penjing list formats`"
-    )
+    format: FormatName = Field("compressed-tensors", description="how the result lies on disk; `penjing list formats`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the tensors that stay dense and of scales; `auto`: the model's own"
     )

@@ -93,9 +93,13 @@ def _has_free_scales(scheme: Scheme) -> bool:
     return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
 
 
+_MERGED = ("compressed-tensors", "gptq", "gptq-v2", "awq")
+"""Formats whose engines merge linears that read the same input."""
+
+
 def check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -> None:
     """Engines merge q, k, v and gate, up: those must share a scheme, or the engine decodes garbage."""
-    if target.name != "compressed-tensors":
+    if target.name not in _MERGED:
         return
     for index, groups in enumerate(layout.groups):
         for group in groups:

@@ -105,8 +105,8 @@ def test_a_weight_that_is_not_of_its_scheme_is_refused(target):
 
 def test_foreign_quantisation_is_refused():
     assert format_of({}).name == "dense"
-    with pytest.raises(FormatError, match="'gptq'"):
-        format_of({"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(FormatError, match="'exl2'"):
+        format_of({"quantization_config": {"quant_method": "exl2"}})
     fp6 = {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
