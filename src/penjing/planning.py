@@ -16,7 +16,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.costs import compares, operations, peak_memory
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
-from penjing.formats.base import OneFile
+from penjing.formats.base import OneFile, WithGraph
 from penjing.methods.base import Rewriting
 from penjing.models import layout_of
 from penjing.models.layout import Layout, ModuleSpec
@@ -206,7 +206,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         layout = rewriting.layout
     assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
-    if isinstance(target, OneFile):
+    if isinstance(target, OneFile | WithGraph):
         final = config if rewriting is None else {**config, **rewriting.config}
         _refuse(target.refusals(layout, final), label, target.name)
     rows = [

@@ -104,7 +104,7 @@ class Stage:
     remake: Step | None
 
 
-FormatName = Literal["dense", "compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes", "gguf", "native"]
+FormatName = Literal["dense", "compressed-tensors", "gptq", "gptq-v2", "awq", "bitsandbytes", "gguf", "onnx", "native"]
 
 
 class Recipe(_Section):

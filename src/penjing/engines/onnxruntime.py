@@ -67,6 +67,13 @@ def onnx_file(path: Path) -> Path | None:
     return next(iter(named or (found if len(found) == 1 else [])), None)
 
 
+def holds_graph_weights(directory: Path) -> bool:
+    """Whether the safetensors files of a directory are what its graph points into, as in Penjing's format `onnx`."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return (config.get("quantization_config") or {}).get("quant_method") == "penjing-onnx"
+
+
 class OnnxModel(SteppingModel):
     """A session, and what its graph wants to be given."""
 
@@ -179,5 +186,6 @@ def _read_per_token(file: Path) -> int | None:
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     if any("experts" in key for key in config) or not config.get("tie_word_embeddings", False):
         return None
-    beside = [path for path in file.parent.glob(f"{file.name}*") if path != file]
+    pattern = "*.safetensors" if holds_graph_weights(file.parent) else f"{file.name}*"
+    beside = [path for path in file.parent.glob(pattern) if path != file]
     return file.stat().st_size + sum(path.stat().st_size for path in beside)

@@ -9,7 +9,7 @@ from penjing.checkpoint import open_checkpoint
 from penjing.engines.base import Engine
 from penjing.engines.llamacpp import LlamaCpp
 from penjing.engines.llamaserver import LlamaServer
-from penjing.engines.onnxruntime import OnnxRuntime, onnx_file
+from penjing.engines.onnxruntime import OnnxRuntime, holds_graph_weights, onnx_file
 from penjing.engines.transformers import Transformers
 from penjing.engines.vllm import VLLM
 from penjing.errors import CheckpointError, EngineError, MissingDependency
@@ -47,8 +47,10 @@ def _by_files(path: Path) -> str:
     if path.suffix == ".gguf":
         there = [name for name in ("llamacpp", "llama-server") if ENGINES[name].version() is not None]
         return next(iter(there), "llamacpp")
-    safetensors = path.is_dir() and any(path.glob("*.safetensors"))
-    return "onnxruntime" if onnx_file(path) is not None and not safetensors else "transformers"
+    if onnx_file(path) is None:
+        return "transformers"
+    for_transformers = path.is_dir() and any(path.glob("*.safetensors")) and not holds_graph_weights(path)
+    return "transformers" if for_transformers else "onnxruntime"
 
 
 def model_path(model: str | Path, *, trust_remote_code: bool = False) -> Path:

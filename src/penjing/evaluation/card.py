@@ -22,6 +22,16 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
 _VLLM = "```\nvllm serve {path}\n```"
 _LLAMA_CPP = "```\nllama-cli -m {path}/MODEL.gguf\nllama-server -m {path}/MODEL.gguf\n```"
+_GPTQMODEL = f"transformers (`pip install transformers optimum gptqmodel`):\n\n{_TRANSFORMERS}"
+_ONNX = """```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{path}/model.onnx")
+```
+
+Inputs and outputs are those of Hugging Face's exporter: `input_ids`, `attention_mask` and `past_key_values.N.key` and
+`.value`, at first with a length of 0; `logits`, and `present.N.key` and `.value` for the next call. The weights are in
+the `.safetensors` files, which the graph refers to."""
 _LOADING = {
     "dense": f"transformers:\n\n{_TRANSFORMERS}\n\nvLLM:\n\n{_VLLM}",
     "compressed-tensors": (
@@ -33,6 +43,10 @@ _LOADING = {
         f"vLLM (`pip install bitsandbytes`):\n\n{_VLLM}"
     ),
     "gguf": f"llama.cpp, with the .gguf file of the repository:\n\n{_LLAMA_CPP}",
+    "gptq": f"vLLM or SGLang:\n\n{_VLLM}\n\n{_GPTQMODEL}",
+    "gptq-v2": f"vLLM:\n\n{_VLLM}\n\n{_GPTQMODEL}",
+    "awq": f"vLLM or SGLang:\n\n{_VLLM}\n\n{_GPTQMODEL}",
+    "onnx": f"ONNX Runtime (`pip install onnxruntime tokenizers`):\n\n{_ONNX}",
     "native": f"transformers with Penjing installed (`pip install penjing`):\n\n{_NATIVE}",
 }
 

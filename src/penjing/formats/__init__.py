@@ -13,6 +13,7 @@ from penjing.formats.gguf import GGUFFormat
 from penjing.formats.gptq import GPTQFormat
 from penjing.formats.hf_dense import DenseFormat
 from penjing.formats.native import NativeFormat
+from penjing.formats.onnx import OnnxFormat
 
 FORMATS: dict[str, Format] = {
     format_.name: format_
@@ -24,6 +25,7 @@ FORMATS: dict[str, Format] = {
         AWQFormat(),
         BitsAndBytesFormat(),
         GGUFFormat(),
+        OnnxFormat(),
         NativeFormat(),
     )
 }
@@ -35,6 +37,7 @@ _READ = {
     "awq": "awq",
     "bitsandbytes": "bitsandbytes",
     "penjing": "native",
+    "penjing-onnx": "onnx",
 }
 """`quant_method` in config.json -> format."""
 

@@ -96,6 +96,17 @@ class OneFile(Protocol):
         """Write the file; returns its path. Raises FormatError."""
 
 
+@runtime_checkable
+class WithGraph(Protocol):
+    """A format whose engine reads more than the shards: files that are written beside them when the walk is done."""
+
+    def refusals(self, layout: Layout, config: Mapping[str, Any]) -> list[str]:
+        """Why this format cannot hold a model, whatever becomes of its weights; empty if it can."""
+
+    def write_beside(self, directory: Path, layout: Layout, config: Mapping[str, Any]) -> list[str]:
+        """Write the files into `directory`, where shards and `config` already are; returns their names."""
+
+
 def other_bytes(module: ModuleSpec, dtype: torch.dtype) -> int:
     """Bytes of the parameters besides the weight, which every format stores in `dtype`."""
     return dtype.itemsize * sum(math.prod(shape) for key, shape in module.tensors.items() if key != "weight")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index
 from penjing.checkpoint.directory import INDEX
-from penjing.formats.base import Finished, OneFile
+from penjing.formats.base import Finished, OneFile, WithGraph
 from penjing.methods.base import Remake
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
@@ -276,5 +276,7 @@ def complete(
         for name, content in checkpoint.files():
             write_bytes(directory / name, content)
         weights, written = sorted(walk.shards), [*walk.shards, INDEX, "config.json"]
+        if isinstance(plan.format, WithGraph):
+            written += plan.format.write_beside(directory, plan.layout, config)
     save_probe(directory, walk.probe_tokens, walk.probe_logits, written)
     return weights

@@ -22,7 +22,7 @@ from penjing.checkpoint import open_checkpoint, single_gguf, write_bytes
 from penjing.errors import CheckpointError, VerificationError
 from penjing.formats import format_of
 from penjing.models import layout_of
-from penjing.pipeline import load_probe
+from penjing.pipeline import load_probe, onnx_check
 from penjing.pipeline.journal import FOLDER, digest
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weights import Weights
@@ -33,16 +33,20 @@ weights; what remains is the order of additions in another process."""
 
 _PROBE = "probe.safetensors"
 _KEPT_POSITIONS = 8
+_ONLY_READ_BACK = ("gptq", "gptq-v2", "awq")
+"""Formats that transformers runs with kernels of gptqmodel: in half precision, on CPUs for some group sizes only."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """The outcome of reading a model back.
 
-    how         "transformers": loaded in a fresh process with from_pretrained; "streamed": read back by Penjing only
+    how         "transformers": loaded in a fresh process with from_pretrained; "onnxruntime": run there too;
+                "streamed": read back by Penjing only
     tensors     number of stored tensors, all of which were consumed
     positions   logit vectors compared
     difference  largest |logit difference| over the largest |logit|
+    kl          mean KL in nats per token that the engine's own rounding of inputs adds; None where it adds none
     """
 
     directory: str
@@ -50,6 +54,7 @@ class Verification:
     tensors: int
     positions: int
     difference: float
+    kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": True, "tolerance": TOLERANCE}
@@ -81,13 +86,27 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
     probe = load_file(path)
     tensors, logits = _streamed(directory, probe["tokens"], trust_remote_code)
     difference = _difference("read back block by block", logits, probe["logits"])
-    engine = engine and single_gguf(directory) is None  # transformers would read the same values the same way
-    if engine:
+    how, kl = _engine_for(directory) if engine else "streamed", None
+    if how == "transformers":
         logits = _through_transformers(directory, path, trust_remote_code)
         difference = max(difference, _difference("loaded with transformers", logits, probe["logits"]))
-    return Verification(
-        str(directory), "transformers" if engine else "streamed", tensors, len(probe["logits"]), difference
-    )
+    if how == "onnxruntime":
+        found = onnx_check.full_precision(directory, probe["tokens"], probe["logits"])
+        if found is not None:
+            difference = max(difference, _difference("run by ONNX Runtime", found, probe["logits"]))
+        kl = onnx_check.as_written(directory, probe["tokens"], probe["logits"])
+    return Verification(str(directory), how, tensors, len(probe["logits"]), difference, kl)
+
+
+def _engine_for(directory: Path) -> str:
+    """The engine that can be compared with the model in memory; "streamed" when there is none besides Penjing."""
+    if single_gguf(directory) is not None:  # transformers would read the same values the same way
+        return "streamed"
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    name = format_of(config).name
+    if name == "onnx":
+        return "onnxruntime"
+    return "streamed" if name in _ONLY_READ_BACK else "transformers"
 
 
 def fits_in_memory(parameters: int) -> bool:
