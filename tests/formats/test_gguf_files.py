@@ -40,6 +40,7 @@ FAMILIES = {
 
 def file_of(source: Path, directory: Path) -> Path:
     checkpoint = open_checkpoint(source)
+    checkpoint.label = "tiny"  # llama.cpp looks for certain tokens in what is called Phi-3
     return convert(checkpoint, layout_of(checkpoint.config), directory, torch.float32)
 
 
@@ -73,7 +74,7 @@ def test_every_family_comes_back_and_runs(tiny_model, tmp_path, family):
     expected = logits_of(source, tokens)
     torch.testing.assert_close(logits_of(path, tokens), expected, rtol=1e-4, atol=1e-4)
     found = llama_cpp_logits(path, tokens[0].tolist())
-    assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "mixtral", "qwen3_moe"])
