@@ -68,7 +68,7 @@ def recovery(options: argparse.Namespace) -> dict[str, Any]:
             "version": 1,
             "steps": steps,
             "calibration": {"data": options.training, "samples": 16, "length": options.length},
-            "evaluation": {"data": options.evaluation, "windows": 6, "length": 512},
+            "evaluation": {"data": options.evaluation, "windows": 8, "length": 256},
             "format": "dense",
         }
         with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +104,7 @@ def step_times(options: argparse.Namespace, turns: int = 3) -> dict[str, Any]:
         for turn in range(turns):
             begin = time.process_time()
             loop.step(turn, batches(turn))
+            loop.optimizer.zero_grad(set_to_none=True)
             middle = time.process_time()
             bare(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)

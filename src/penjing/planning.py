@@ -193,7 +193,11 @@ def _remade(plan: Plan, config: Mapping[str, Any], step: Step) -> tuple[Mapping[
     except ValueError as error:
         raise PlanError(f"{step.method}: {error}") from error
     zeros = {row.module.name: row.scheme for row in plan.rows if row.scheme.sparsity}
-    return made, zeros if remake.keeps_zeros(step.options) else {}
+    if not remake.keeps_zeros(step.options):
+        zeros = {}
+    if share := remake.prunes(step.options):
+        zeros |= {module.name: Scheme(sparsity=share) for module in layout_of(made).modules if module.kind == "linear"}
+    return made, zeros
 
 
 def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Recipe, given: Given) -> Plan:

@@ -6,7 +6,7 @@ from penjing.methods.adaptation import peqa, recover
 from penjing.methods.base import Method, Selection
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
-from penjing.methods.pruning import magnitude, shortgpt, sparsegpt, wanda
+from penjing.methods.pruning import gradual, lottery_ticket, magnitude, shortgpt, sparsegpt, wanda
 from penjing.methods.pruning.options import SparsityOptions
 from penjing.methods.quantization import (
     autoround,
@@ -244,6 +244,20 @@ _TABLE = (
         paper="arXiv:2403.03853",
         options=shortgpt.ShortGPTOptions,
         select=Selection(CosineChange, shortgpt.select),
+    ),
+    Method(
+        name="gradual",
+        summary="train, and remove a few more of the smallest weights every few steps, on a cubic schedule",
+        paper="arXiv:1710.01878",
+        options=gradual.GradualOptions,
+        remake=Trained(start=gradual.train, prunes=lambda options: options.sparsity),
+    ),
+    Method(
+        name="lottery-ticket",
+        summary="train, prune, go back to early weights, train again; with the controls that make it an experiment",
+        paper="arXiv:1803.03635",
+        options=lottery_ticket.LotteryOptions,
+        remake=Trained(start=lottery_ticket.train, prunes=lambda options: options.sparsity),
     ),
     Method(
         name="recover",

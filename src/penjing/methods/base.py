@@ -284,10 +284,12 @@ class Remake:
     config       config.json of the model it makes, from the config and the layout of the one it is given; ValueError
                  if that model cannot be
     keeps_zeros  whether weights that an earlier step pruned are still zero in the model it makes
+    prunes       share of the weights of every linear of the blocks that it makes zero itself, overall
     """
 
     config: Callable[[Mapping[str, Any], Layout, Any], Mapping[str, Any]]
     keeps_zeros: Callable[[Any], bool]
+    prunes: Callable[[Any], float] = lambda options: 0.0
 
 
 @dataclass(frozen=True)

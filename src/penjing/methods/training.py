@@ -73,9 +73,11 @@ class Training:
 
     model       what the objective is called with: the task's model, or a wrapper around it
     objective   what is minimised
-    after_step  called after each optimiser step with the number of steps done, for schedules and constraints
+    after_step  called after each optimiser step with the number of steps done, for schedules and constraints; gradients
+                are still there. What it remembers must be buffers of the objective, which are saved with the run
     finish      the dense model to write: adapters merged, wrappers taken off. In the form of the task's model
     rates       globs of parameter names -> factor on the learning rate; the first that fits holds
+    repeats     how often the course begins again at step `rewind`: same data, same rates, fresh moments
     """
 
     model: nn.Module
@@ -83,6 +85,8 @@ class Training:
     after_step: Callable[[int], None] = lambda done: None
     finish: Callable[[], nn.Module] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    repeats: int = 0
+    rewind: int = 0
 
 
 TrainFunction = Callable[[TrainTask, Any], Training]

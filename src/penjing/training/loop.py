@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,28 @@ STATE, LOG = "state.pt", "train.jsonl"
 
 Progress = Callable[[str, int, int, str], None]
 """stage, done, total, detail"""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Steps, and how often they begin again at step `rewind`."""
+
+    steps: int
+    repeats: int
+    rewind: int
+
+    @property
+    def length(self) -> int:
+        """Steps of the optimiser in all."""
+        return self.steps + self.repeats * (self.steps - self.rewind)
+
+    def place(self, step: int) -> int:
+        """Where in the course a step is: what decides its data, its rate and its random numbers."""
+        return step if step < self.steps else self.rewind + (step - self.steps) % (self.steps - self.rewind)
+
+    def begins_again(self, step: int) -> bool:
+        """Whether the course begins again with this step."""
+        return step >= self.steps and (step - self.steps) % (self.steps - self.rewind) == 0
 
 
 class _Learner(nn.Module):
@@ -57,7 +80,7 @@ def train(
     progress: Progress = lambda stage, done, total, detail: None,
     name: str = "train",
 ) -> Curve:
-    """Run `options.steps` steps, or what a killed run in `directory` left of them; the curve of all of them.
+    """Run `options.steps` steps (and repeats), or what a killed run in `directory` left of them; the curve of all.
 
     The parameters of `training` that require a gradient are changed in place; at the end they are on the CPU and the
     model is in evaluation mode. `marks` are digests of what decides the course (recipe, model, data).
@@ -90,14 +113,20 @@ class _Loop:
 
     def run(self, batches: Batches, name: str, progress: Progress) -> Curve:
         """All the steps that are not done yet."""
-        state, steps = self.directory / STATE, self.options.steps
+        state = self.directory / STATE
+        course = Course(self.options.steps, self.training.repeats, self.training.rewind)
+        steps = course.length
         first = saving.restore(state, self.bare, self.optimizer, self.marks)
         log = Log(self.directory / LOG, first) if self.accelerator.is_main_process else None
         begin = time.perf_counter()
         for step in range(first, steps):
             started = time.perf_counter()
-            loss, values = self.step(step, batches(step))
+            place = course.place(step)
+            if course.begins_again(step):
+                self.optimizer.state.clear()
+            loss, values = self.step(place, batches(place))
             self.training.after_step(step + 1)
+            self.optimizer.zero_grad(set_to_none=True)
             values["seconds"] = round(time.perf_counter() - started, 4)
             if log is None:
                 continue
@@ -114,7 +143,7 @@ class _Loop:
         return read_curve(self.directory / LOG)
 
     def step(self, step: int, batch: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """One step of the optimiser: its loss, and the other means for the log."""
+        """One step of the optimiser: its loss, and the other means for the log. Gradients are left in place."""
         accelerator, options = self.accelerator, self.options
         if len(batch) % accelerator.num_processes:
             raise TrainingError(
@@ -153,7 +182,6 @@ class _Loop:
         if norm.isfinite():
             torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
 
