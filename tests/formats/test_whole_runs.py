@@ -87,10 +87,13 @@ def test_what_does_not_fit_is_refused_before_work_starts(format, family, wanted,
         api.plan(tiny_model(family), recipe(short, wanted, format=format))
 
 
-def test_the_engine_finds_and_runs_a_graph(tiny_model, short, tmp_path) -> None:
+def test_graphs_are_found_by_the_engine_and_exported(tiny_model, short, tmp_path) -> None:
     from penjing.engines.table import engine_for
 
-    compress(tiny_model("llama"), recipe(short, step(bits=8)), tmp_path / "other")
+    compress(tiny_model("llama"), recipe(short, step(bits=4), format="native"), tmp_path / "other")
     compress(tiny_model("llama"), recipe(short, step(bits=8), format="onnx"), tmp_path / "out")
     assert engine_for(tmp_path / "out").name == "onnxruntime"
     assert engine_for(tmp_path / "other").name == "transformers"
+    for target, engine in (("onnx", "onnxruntime"), ("gptq", "streamed"), ("awq", "streamed")):
+        exported = api.export(tmp_path / "other", target, tmp_path / target)
+        assert exported.verified == engine and exported.difference < 1e-4

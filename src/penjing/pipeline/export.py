@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index, write_shard
+from penjing.checkpoint.directory import INDEX
 from penjing.errors import PlanError, VerificationError
 from penjing.evaluation.size import weight_bytes
 from penjing.formats import FORMATS, Format
-from penjing.formats.base import input_tensors, read_input_scale
+from penjing.formats.base import WithGraph, input_tensors, read_input_scale
 from penjing.memory import PeakMemory, give_back
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.models.layout import ModuleSpec
@@ -92,8 +93,8 @@ def export(
     require_usable(output)
     with PeakMemory() as memory:
         shards = _write(job, output, progress)
-        _complete(job, output, shards)
-        difference = _compare(job, output, shards, trust_remote_code)
+        beside = _complete(job, output, shards)
+        difference = _compare(job, output, [*shards, *beside], trust_remote_code)
     progress("verify", 0, 1, "")
     verified = verify(output, engine=fits_in_memory(job.layout.parameters), trust_remote_code=trust_remote_code)
     progress("verify", 1, 1, verified.how)
@@ -122,7 +123,9 @@ def _prepare(model: str | Path, to: str, trust_remote_code: bool) -> _Job:
     schemes = {
         module: source.schemes.get(module.name, Scheme()) for module in layout.modules if "weight" in module.tensors
     }
-    if problems := _problems(FORMATS[to], schemes):
+    target = FORMATS[to]
+    refused = target.refusals(layout, checkpoint.config) if isinstance(target, WithGraph) else []
+    if problems := refused or _problems(target, schemes):
         others = [name for name, other in FORMATS.items() if not _problems(other, schemes)]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise PlanError(
@@ -130,7 +133,7 @@ def _prepare(model: str | Path, to: str, trust_remote_code: bool) -> _Job:
             f"Formats that can: {', '.join(others) or 'none'}"
         )
     dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"))
-    return _Job(checkpoint, layout, source, FORMATS[to], schemes, dtype)
+    return _Job(checkpoint, layout, source, target, schemes, dtype)
 
 
 def _problems(target: Format, schemes: Mapping[ModuleSpec, Scheme]) -> list[str]:
@@ -192,8 +195,8 @@ def _repack(job: _Job, module: ModuleSpec) -> dict[str, Tensor]:
     return packed
 
 
-def _complete(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
-    """Index, config.json and the files that are no weights."""
+def _complete(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Index, config.json and the files that are no weights; names of those that the model does not run without."""
     write_index(
         output, {name: list(tensors) for name, tensors in shards.items()}, sum(sum(t.values()) for t in shards.values())
     )
@@ -203,9 +206,11 @@ def _complete(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]]) 
     for name, content in job.checkpoint.files():
         if name not in ("report.json", "recipe.yaml"):
             write_bytes(output / name, content)
+    graph = job.target.write_beside(output, job.layout, config) if isinstance(job.target, WithGraph) else []
+    return [INDEX, "config.json", *graph]
 
 
-def _compare(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]], trust_remote_code: bool) -> float:
+def _compare(job: _Job, output: Path, files: Sequence[str], trust_remote_code: bool) -> float:
     """Logits of source and result on the same tokens; those of the result are kept for `verify`."""
     length = min(PROBE_TOKENS, positions(job.checkpoint.config) or PROBE_TOKENS)
     tokens = torch.randint(job.layout.embedding.shape[0], (1, length), generator=torch.Generator().manual_seed(0))
@@ -217,7 +222,7 @@ def _compare(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]], t
             f"{output}: its logits differ from those of {job.checkpoint.label} by {difference:.2e} of the largest "
             f"(limit {_tolerance(job):.0e})"
         )
-    save_probe(output, tokens, found, shards)
+    save_probe(output, tokens, found, files)
     return difference
 
 
