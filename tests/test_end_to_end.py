@@ -197,6 +197,21 @@ ONLY_NATIVE: dict[str, Case] = {
         (step("wanda", sparsity=0.7), step("kmeans", bits=5, group_size="tensor", huffman=True)), "native"
     ),
     "kmeans huffman, experts": Case((step("kmeans", huffman=True),), "native", "mixtral"),
+    "xnor": Case((step("xnor", group_size=32, weighted=True),), "native"),
+    "wanda, residual binary, gpt2": Case((step("wanda", sparsity=0.3), step("xnor", order=2)), "native", "gpt2"),
+    "onebit, opt": Case((step("onebit"),), "native", "opt"),
+    "billm, experts": Case((step("billm", block_size=32),), "native", "mixtral"),
+    "ternary": Case((step("ternary", group_size=32),), "native"),
+    "magnitude, ternary, phi3": Case(
+        (step("magnitude", sparsity=0.3), step("ternary", objective="inputs", group_size="channel")), "native", "phi3"
+    ),
+    "bitnet, gpt2": Case(
+        (step("ternary", rule="absmean", objective="weights", group_size="tensor", activations={"bits": 8}),),
+        "native",
+        "gpt2",
+    ),
+    "ternary, dense": Case((step("ternary", group_size=32, objective="weights"),), "dense"),
+    "ternary, e2e-qp": Case((step("ternary", group_size=32), step("e2e-qp", iterations=2, batch_size=2)), "native"),
     "groups that do not divide": Case((four("rtn", bits=3, group_size=40, targets=["linear", "embedding"]),), "native"),
     "gptq, groups that do not divide": Case((four("gptq", group_size=40),), "native"),
     "embedding on another grid": Case(

@@ -310,6 +310,8 @@ class Method:
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
     passes: Callable[[Any, int], float] = field(default=lambda options, windows: 0.0)
     """Training in units of forward passes over all calibration windows, given how many there are."""
+    caution: Callable[[Any, int], str] = field(default=lambda options, parameters: "")
+    """What whoever reads a plan should be told about a step, given its options and the parameters of the model."""
     row_wise: Callable[[Any], bool] = field(default=lambda options: True)
     """True when every row's result depends on that row alone, so that linears sharing an input go in one call."""
 

@@ -1,13 +1,14 @@
-"""What methods that learn on one block share: which windows make a batch, and the loss of the block's output."""
+"""What methods that learn share: which windows make a batch, the loss of a block's output, gradients past rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from penjing.methods.base import BlockTask
+from penjing.representations import Representation
 
 MICRO_TOKENS = 2048
 """Tokens whose activations are kept for one backward pass."""
@@ -54,3 +55,12 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(context: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def straight_through(weight: Tensor, represent: Callable[[Tensor], Representation]) -> Tensor:
+    """The values (N, K) that `represent` makes of `weight` (N, K), with the gradient of the identity.
+
+    Training a weight through it, and handing the result to `represent` at the end, is quantisation-aware training with
+    any method that looks at weights only: `lambda weight: ternary(weight, TernaryGrid())`, say.
+    """
+    return StraightThrough.apply(weight, represent(weight.detach()).dense().to(weight.dtype))

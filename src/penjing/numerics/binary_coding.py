@@ -43,17 +43,20 @@ class BinaryGrid(Grouped):
     group_size    consecutive inputs that share scales; None: a row. The last group of a row may be shorter
     scale_dtype   in which scales are stored
     offset_dtype  in which offsets are stored; None: without offsets, levels lie symmetrically about zero
+    inputs_dtype  in which a factor per input, for all rows alike, is stored; None: without
     """
 
     bits: int = 3
     group_size: int | None = 128
     scale_dtype: torch.dtype = torch.bfloat16
     offset_dtype: torch.dtype | None = None
+    inputs_dtype: torch.dtype | None = None
 
     @property
     def label(self) -> str:
-        """Group, kind and offset: "g64 binary-coded offset"."""
-        return f"{group_label(self.group_size)} binary-coded" + ("" if self.offset_dtype is None else " offset")
+        """Group, kind and what comes with it: "g64 binary-coded offset"."""
+        extras = (" offset" if self.offset_dtype else "") + (" with input values" if self.inputs_dtype else "")
+        return f"{group_label(self.group_size)} binary-coded{extras}"
 
 
 @dataclass(frozen=True)

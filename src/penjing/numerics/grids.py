@@ -155,6 +155,10 @@ class IntegerGrid(Grouped):
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def code_bytes(self, count: int) -> int:
+        """Bytes of `count` packed codes."""
+        return -(-count * self.bits // 8)
+
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of groups: `weight` (..., n) -> two float tensors (...).
 

@@ -70,7 +70,8 @@ class Quantized:
         order = 0 if self.group_index is None else columns * 4
         bits = self.grid.bits
         zero_bits = 8 * self.scale.element_size() if self.grid.zero != "integer" else bits
-        return -(-rows * columns * bits // 8) + scales * self.scale.element_size() + -(-zeros * zero_bits // 8) + order
+        codes = self.grid.code_bytes(rows * columns)
+        return codes + scales * self.scale.element_size() + -(-zeros * zero_bits // 8) + order
 
     def rows(self, start: int, stop: int) -> Quantized:
         """The same for outputs `start` to `stop` only."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -66,13 +68,13 @@ class TrainEmbedding(CodedEmbedding):
         return rebuild(self.cores[tokens], self.train_of_rows)
 
 
-def runner(layer: nn.Module, weight: Representation) -> nn.Module | None:
-    """The embedding for a live `layer`, in its dtype; None for other tables and for layers that do more."""
+def runner(layer: nn.Module, weight: Representation) -> Callable[[], nn.Module] | None:
+    """What makes the embedding for a live `layer`, in its dtype; None for other tables and for layers that do more."""
     if type(layer) is not nn.Embedding or layer.max_norm is not None:
         return None
     dtype = layer.weight.dtype
     if isinstance(weight, TensorTrain):
-        return TrainEmbedding(weight.cores.to(dtype), weight.train)
+        return partial(TrainEmbedding, weight.cores.to(dtype), weight.train)
     if isinstance(weight, LowRank):
-        return FactoredEmbedding(weight.left.dense().to(dtype), weight.right.dense().to(dtype))
+        return partial(FactoredEmbedding, weight.left.dense().to(dtype), weight.right.dense().to(dtype))
     return None

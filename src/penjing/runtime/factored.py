@@ -5,6 +5,9 @@ y = left (right x) + bias        r (N + K) multiplications per token instead of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -50,10 +53,16 @@ class FactoredLinear(CodedLinear):
         return f"in_features={columns}, out_features={len(self.left)}, bias={self.bias is not None}, rank={rank}"
 
 
-def runner(layer: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None) -> nn.Module | None:
-    """The factored linear for a live `layer`, in its dtype; None for other weights."""
+def runner(
+    layer: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None
+) -> Callable[[], nn.Module] | None:
+    """What makes the factored linear for a live `layer`, in its dtype; None for other weights."""
     if not isinstance(weight, LowRank) or scheme.activations is not None:
         return None
+    return partial(_made, layer, weight)
+
+
+def _made(layer: nn.Module, weight: LowRank) -> nn.Module:
     dtype: torch.dtype = layer.get_parameter("weight").dtype
     bias = layer._parameters.get("bias")
     return FactoredLinear(

@@ -12,6 +12,9 @@ A is zero there, and the column is multiplied as it is by the decoded weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -134,19 +137,26 @@ def float_product(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def runner(linear: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None) -> nn.Module | None:
-    """The integer linear for a live `linear`; None when weights or inputs are no integers with one scale per output."""
+def runner(
+    linear: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None
+) -> Callable[[], nn.Module] | None:
+    """What makes the integer linear for a live `linear`; None when weights or inputs are no such integers."""
     how, coded = scheme.activations, weight.values if isinstance(weight, Masked) else weight
     if how is None or how.kind != "int" or not isinstance(coded, Quantized) or not isinstance(coded.grid, IntegerGrid):
         return None
     if coded.zero_point is not None or coded.group_index is not None or coded.scale.shape[1] != 1:
         return None
-    codes = coded.codes * weight.kept if isinstance(weight, Masked) else coded.codes
+    return partial(_made, linear, how, coded, weight.kept if isinstance(weight, Masked) else None, static)
+
+
+def _made(
+    linear: nn.Module, how: Activations, weight: Quantized, kept: Tensor | None, static: InputScale | None
+) -> nn.Module:
     live = linear.get_parameter("weight")
     bias = linear._parameters.get("bias")
     made = (LLMInt8Linear if how.threshold is not None else Int8Linear)(
-        codes,
-        coded.scale,
+        weight.codes if kept is None else weight.codes * kept,
+        weight.scale,
         None if bias is None else bias.detach(),
         how,
         static,

@@ -2,40 +2,30 @@
 
     y[n] = sum_g ( sum_i alpha[n, g, i] sum_{k in g} b_i[n, k] x[k] + offset[n, g] sum_{k in g} x[k] ) + bias[n]
 
-A few tokens, as when a model writes text, are multiplied by table look-up (see lut.cpp): the weights are read from
-memory in their few bits, and a look-up does the work of several multiplications. Many tokens, as in a prompt, are
-multiplied by the decoded weights, a slice of the rows at a time, which never needs the whole dense matrix.
+where x has been multiplied by a factor per input first if the weight has such (OneBit). See lut.cpp for the kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from penjing.compiled import kernel
 from penjing.numerics.activations import InputScale
 from penjing.numerics.packing import pack_bits
 from penjing.representations import BinaryCoded, Representation, Scheme
-from penjing.runtime.coded_linear import CodedLinear
+from penjing.runtime.look_up import TYPES, Kernel, LookUpLinear, detached_bias
 
 BLOCK = 16
 """Rows that lie together in memory."""
 
 WORD = 32
 """Inputs whose signs share a word."""
-
-MOST_TOKENS = 8
-"""Up to so many tokens, looking up is faster than decoding."""
-
-_SLICE = 1 << 17
-"""Decoded weights at a time: half a megabyte, which stays in the cache."""
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Matrix(ctypes.Structure):
@@ -48,110 +38,44 @@ class _Matrix(ctypes.Structure):
     )
 
 
-class _Ready:
-    """What a call needs, looked up once: the kernel, where the tensors lie, and what keeps them there."""
-
-    def __init__(self, module: LUTLinear, library: ctypes.CDLL) -> None:
-        grid, offset = module.grid, module.offset
-        self.rows, self.columns, self.bias = module.out_features, module.in_features, module.bias
-        self.held = (module.words, module.alpha, offset)
-        self.matrix = _Matrix(
-            self.rows,
-            self.columns,
-            grid.columns_per_group(self.columns),
-            grid.groups(self.columns),
-            grid.bits,
-            _TYPES[module.alpha.dtype],
-            0 if offset is None else _TYPES[offset.dtype],
-            module.words.data_ptr(),
-            module.alpha.data_ptr(),
-            None if offset is None else offset.data_ptr(),
-        )
-        self.address = ctypes.addressof(self.matrix)
-        self.multiply, self.decode = library.lut_multiply, library.lut_decode
-        count, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.multiply.argtypes = (pointer, pointer, pointer, count, ctypes.c_int)
-        self.decode.argtypes, self.decode.restype = (pointer, pointer, count, count, ctypes.c_int), None
-
-    def look_up(self, x: Tensor, y: Tensor, tokens: int) -> None:
-        """Multiply `x` (..., K) into `y` (..., N), both fp32 and contiguous, of that many tokens."""
-        if self.multiply(self.address, x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads()):
-            raise MemoryError("no memory for the look-up tables")
-
-    def decode_and_multiply(self, x: Tensor, y: Tensor, tokens: int) -> None:
-        """The same, some rows of the matrix at a time."""
-        x, y = x.view(tokens, self.columns), y.view(tokens, self.rows)
-        blocks = max(_SLICE // self.columns // BLOCK, 1)
-        scratch = torch.empty(blocks * BLOCK * self.columns)
-        for first in range(0, -(-self.rows // BLOCK), blocks):
-            start, stop = first * BLOCK, min((first + blocks) * BLOCK, self.rows)
-            count = -(-(stop - start) // BLOCK)
-            values = scratch[: count * BLOCK * self.columns].view(self.columns, -1)
-            self.decode(self.address, values.data_ptr(), first, count, torch.get_num_threads())
-            torch.mm(x, values[:, : stop - start], out=y[:, start:stop])
-
-
-class LUTLinear(CodedLinear):
-    """A linear with `weight` (N, K) as packed bit planes; not trainable.
-
-    weight      binary-coded
-    bias        (N,), or None
-    transposed  the `weight` that it shows is (K, N), as in GPT-2's `Conv1D`
-
-    Computes in fp32 and answers in the dtype of its input. Needs a kernel and a CPU to be fast; on another device,
-    or where a gradient is wanted, it multiplies by the decoded weights.
-    """
+class LUTLinear(LookUpLinear):
+    """A linear with `weight` (N, K), binary-coded, as packed bit planes; see `LookUpLinear`."""
 
     words: Tensor
     alpha: Tensor
     offset: Tensor | None
-    bias: Tensor | None
 
     def __init__(self, weight: BinaryCoded, bias: Tensor | None = None, *, transposed: bool = False) -> None:
-        super().__init__()
-        self.grid, self.transposed = weight.grid, transposed
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape, bias, transposed=transposed, inputs=weight.inputs)
+        self.grid = weight.grid
         self.register_buffer("words", pack_words(weight))
         self.register_buffer("alpha", _in_blocks(weight.alpha))
         self.register_buffer("offset", None if weight.offset is None else _in_blocks(weight.offset.unsqueeze(-1)))
-        self.register_buffer("bias", bias)
-        self._ready: _Ready | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        """The decoded weights, fp32, computed anew, as a dense module would hold them."""
-        values = unpacked(self).dense()
-        return values.T.contiguous() if self.transposed else values
+    def decoded(self) -> Tensor:
+        """The weights (N, K) in fp32."""
+        return unpacked(self).dense()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)."""
-        ready = self._ready or self._prepare()
-        if ready is None or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return linear(x, unpacked(self).dense().to(x.dtype), bias)
-        given = x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-        y = torch.empty((*x.shape[:-1], self.out_features))
-        tokens = x.numel() // self.in_features
-        (ready.look_up if tokens <= MOST_TOKENS else ready.decode_and_multiply)(given, y, tokens)
-        if ready.bias is not None:
-            y += ready.bias
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
-
-    def _prepare(self) -> _Ready | None:
+    def kernel(self) -> Kernel | None:
+        """That of lut.cpp."""
         library = kernel("lut.cpp") if self.words.device.type == "cpu" else None
-        if library is not None:
-            self._ready = _Ready(self, library)
-        return self._ready
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LUTLinear:
-        """Tensors may move: their addresses are looked up again."""
-        super()._apply(fn, recurse)
-        self._ready = None
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which mean nothing in a copy."""
-        return self.__dict__ | {"_ready": None}
+        if library is None:
+            return None
+        rows, columns, grid, offset = self.out_features, self.in_features, self.grid, self.offset
+        matrix = _Matrix(
+            rows,
+            columns,
+            grid.columns_per_group(columns),
+            grid.groups(columns),
+            grid.bits,
+            TYPES[self.alpha.dtype],
+            0 if offset is None else TYPES[offset.dtype],
+            self.words.data_ptr(),
+            self.alpha.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+        )
+        held = (self.words, self.alpha, offset)
+        return Kernel(matrix, held, library.lut_multiply, library.lut_decode, rows, columns, BLOCK)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -183,18 +107,22 @@ def unpacked(module: LUTLinear) -> BinaryCoded:
     codes = codes.reshape(len(codes), groups, -1)[:, :, :width].flatten(1)[:rows, :columns]
     alpha = module.alpha.permute(0, 3, 1, 2).flatten(0, 1)[:rows]
     offset = None if module.offset is None else module.offset.permute(0, 3, 1, 2).flatten(0, 1)[:rows, :, 0]
-    return BinaryCoded(codes.contiguous(), alpha.contiguous(), offset, grid)
+    return BinaryCoded(codes.contiguous(), alpha.contiguous(), offset, grid, inputs=module.inputs)
 
 
-def runner(layer: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None) -> nn.Module | None:
-    """The look-up linear for a live `layer`; None for other weights, off the CPU, and where no kernel can be built."""
-    if not isinstance(weight, BinaryCoded) or scheme.activations is not None:
+def runner(
+    layer: nn.Module, scheme: Scheme, weight: Representation, static: InputScale | None
+) -> Callable[[], nn.Module] | None:
+    """What makes the look-up linear for a live `layer`.
+
+    None for other weights and groups of scattered inputs, off the CPU, and where no kernel can be built.
+    """
+    if not isinstance(weight, BinaryCoded) or weight.group_index is not None or scheme.activations is not None:
         return None
     # The layer may still be without memory (meta) while its weights are read; scales come as they were read.
     if weight.alpha.device.type != "cpu" or kernel("lut.cpp") is None:
         return None
-    bias = layer._parameters.get("bias")
-    return LUTLinear(weight, None if bias is None else bias.detach(), transposed=not isinstance(layer, nn.Linear))
+    return partial(LUTLinear, weight, detached_bias(layer), transposed=not isinstance(layer, nn.Linear))
 
 
 def _in_blocks(per_group: Tensor) -> Tensor:

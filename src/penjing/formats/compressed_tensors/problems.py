@@ -11,6 +11,7 @@ from penjing.formats.compressed_tensors.schema import Declared, has_layout
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.ternary import TernaryGrid
 from penjing.representations import Activations, Scheme
 
 _FLATTENED = re.compile(r"(^|\.)decoder\.layers\.\d+\.fc[12]$")
@@ -25,6 +26,8 @@ def grid_problems(module: ModuleSpec, grid: ScaledGrid) -> list[str]:
             f"{module.name}: zero points that are not whole numbers (HQQ), and minima, have no place in "
             "compressed-tensors; use format native, or gguf for its types"
         ]
+    if isinstance(grid, TernaryGrid):
+        return [f"{module.name}: compressed-tensors has no ternary codes; use format native"]
     if isinstance(grid, FloatGrid) and not has_layout(grid):
         return [
             f"{module.name}: {grid.label} has no place in compressed-tensors, which knows fp8-e4m3 per channel, tensor "

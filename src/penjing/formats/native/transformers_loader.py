@@ -25,7 +25,7 @@ from penjing.formats.native.format import read_schemes
 from penjing.formats.native.layout import ALL_PARTS, decode, from_parts, is_packed
 from penjing.numerics.activations import InputScale
 from penjing.representations import Representation, Scheme
-from penjing.runtime import RoundInputs, runner_for
+from penjing.runtime import RoundInputs, can_run, runner_for
 
 NAME = "penjing"
 _SERIALIZED = ["weight", *(f"weight_{part}" for part in ALL_PARTS)]
@@ -67,7 +67,7 @@ class DecodeParts(ConversionOps):
         owner = name.rpartition(".")[0]
         if owner in self.hf_quantizer.coded and list(by_weight) == ["weight"] and "" not in by_weight["weight"]:
             coded = _read_all(by_weight["weight"], name)[0]
-            if runner_for(model.get_submodule(owner), self.hf_quantizer.coded[owner], coded) is not None:
+            if can_run(model.get_submodule(owner), self.hf_quantizer.coded[owner], coded):
                 self.hf_quantizer.kept[owner] = coded
                 device = by_weight["weight"]["header"][0].device
                 return {name: torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from penjing.errors import FormatError
-from penjing.formats.native.codecs import bilevel, binary, codebook, integer
+from penjing.formats.native.codecs import bilevel, binary, codebook, integer, ternary
 from penjing.formats.native.codecs import float as floats
 from penjing.formats.native.codecs.base import Codec
 from penjing.numerics.grids import Grid
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (integer.CODEC, floats.CODEC, bilevel.CODEC, binary.CODEC, codebook.CODEC)
+    codec.name: codec
+    for codec in (ternary.CODEC, integer.CODEC, floats.CODEC, bilevel.CODEC, binary.CODEC, codebook.CODEC)
 }
-"""By the name that stands in config.json."""
+"""By the name that stands in config.json. A ternary grid is an integer grid too, so it comes first."""
 
 __all__ = ["CODECS", "Codec", "codec_for"]
 
