@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "hardware": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "hardware": {"processor": processor(), "threads": torch.get_num_threads()},
         "software": {"torch": torch.__version__, "penjing": penjing.__version__},
         "group_size": 128,
         "rounds": options.rounds,
@@ -65,13 +65,13 @@ def linears(rows: int, columns: int, tokens: int, rounds: int) -> dict[str, Any]
     """Microseconds, and how many times as fast as fp32, of each variant."""
     weight, x = torch.randn(rows, columns), torch.randn(tokens, columns)
     half, half_x = weight.bfloat16(), x.bfloat16()
-    coded = {f"{bits} bits": _random_linear(rows, columns, BinaryGrid(bits, 128)) for bits in BITS}
+    coded = {f"{bits} bits": random_linear(rows, columns, BinaryGrid(bits, 128)) for bits in BITS}
     variants: dict[str, Callable[[], object]] = {
         "fp32": lambda: linear(x, weight),
         "bf16": lambda: linear(half_x, half),
         **{name: (lambda layer=layer: layer(x)) for name, layer in coded.items()},
     }
-    if session := _matmul_nbits(rows, columns):
+    if session := matmul_nbits(rows, columns):
         given = {"x": x.numpy()}
         variants["onnxruntime 4 bits"] = lambda: session.run(None, given)
     repeats = max(1, 20_000_000 // (rows * columns * tokens))
@@ -121,13 +121,14 @@ def _turns(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: i
     }
 
 
-def _random_linear(rows: int, columns: int, grid: BinaryGrid) -> LUTLinear:
+def random_linear(rows: int, columns: int, grid: BinaryGrid) -> LUTLinear:
+    """A linear of random codes and scales."""
     codes = torch.randint(0, 2**grid.bits, (rows, columns), dtype=torch.uint8)
     alpha = torch.rand(rows, grid.groups(columns), grid.bits).to(grid.scale_dtype)
     return LUTLinear(BinaryCoded(codes, alpha, None, grid))
 
 
-def _matmul_nbits(rows: int, columns: int) -> Any:
+def matmul_nbits(rows: int, columns: int) -> Any:
     """A session of one 4-bit product, blocks of 128, 8-bit inputs allowed; None without onnxruntime and onnx."""
     try:
         import onnx
@@ -157,7 +158,8 @@ def _matmul_nbits(rows: int, columns: int) -> Any:
     return onnxruntime.InferenceSession(built.SerializeToString(), threads)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the processor calls itself, and what torch uses of it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -14,7 +14,7 @@ from torch import nn
 from penjing import compiled
 from penjing.numerics.binary_coding import BinaryGrid
 from penjing.representations import BinaryCoded, Masked, Scheme
-from penjing.runtime import lut, runner_for
+from penjing.runtime import look_up, lut, runner_for
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
@@ -52,7 +52,7 @@ def test_products(bits, path):
             weight = coded(rows, columns, BinaryGrid(bits, size, scale, offset))
             layer = lut.LUTLinear(weight)
             assert torch.equal(layer.weight, weight.dense())
-            for tokens in (1, 3, lut.MOST_TOKENS + 1):
+            for tokens in (1, 3, look_up.MOST_TOKENS + 1):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
                 expected = x.double() @ weight.dense().double().T
                 error = (layer(x) - expected).abs().max() / expected.abs().max()
