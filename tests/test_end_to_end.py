@@ -132,6 +132,8 @@ PRUNED: dict[str, tuple[Step, ...]] = {
     "wanda 4:8": (step("wanda", pattern="4:8"),),
     "sparsegpt": (step("sparsegpt", sparsity=0.5),),
     "sparsegpt 2:4": (step("sparsegpt", pattern="2:4"),),
+    "wanda refitted": (step("wanda", sparsity=0.5, refit=True),),
+    "alps": (step("alps", sparsity=0.5, rounds=9),),
     "shortgpt": (step("shortgpt", drop=2),),
     "smoothquant": (step("smoothquant"),),
     "rotation": (step("rotation"),),

@@ -1,7 +1,7 @@
-"""Agreement with the authors' code for GPTQ, SparseGPT, SpQR and OWQ: numbers it produced once on these seeded inputs.
+"""Agreement with the authors' code for GPTQ, SparseGPT, Wanda, SpQR and OWQ: numbers it produced once on these seeded inputs.
 
-Run with IST-DASLab/gptq at 2d65066, IST-DASLab/sparsegpt at 147d215, Vahe1994/SpQR at 543d10e and xvyaward/owq at
-03cfc99 (without its search for the scale), in fp32 on CPU. Two habits are matched by the arguments: GPTQ's group scales
+Run with IST-DASLab/gptq at 2d65066, IST-DASLab/sparsegpt at 147d215, locuslab/wanda at 8e8fc87, Vahe1994/SpQR at
+543d10e and xvyaward/owq at 03cfc99 (without its search for the scale), in fp32 on CPU. Two habits are matched by the arguments: GPTQ's group scales
 miss the updates of the block in progress, so its block size was the group size; unstructured SparseGPT removes one
 weight more per block than the fraction says.
 """
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from penjing.methods.pruning.sparsegpt import sparsegpt
+from penjing.methods.pruning.wanda import wanda
 from penjing.methods.quantization.gptq import gptq
 from penjing.methods.quantization.owq import owq
 from penjing.methods.quantization.spqr import spqr
@@ -59,6 +60,14 @@ SPARSEGPT = [
     (0.5, None, 4, 21235.71, 788.18411, [0.082269, 0.0, 0.074582, -0.056525, -0.054222]),
     (None, "2:4", 4, 33719.75, 782.29412, [0.082269, -0.056752, 0.055936, -0.018842, -0.072296]),
 ]
+WANDA = [
+    (0.5, None, [1558, 1530, 1536, 1536, 1538, 1528, 1504, 1558], 772.11665),
+    (0.7, None, [956, 910, 929, 908, 929, 900, 933, 927], 566.78286),
+    (None, "2:4", [1536, 1536, 1536, 1536, 1536, 1536, 1536, 1536], 722.89789),
+    (None, "4:8", [1536, 1536, 1536, 1536, 1536, 1536, 1536, 1536], 745.94538),
+]
+"""Sparsity, pattern, weights kept in every 32 columns, sum of their magnitudes. The masks were equal bit by bit."""
+
 SPQR = [
     (3, 16, "activation", 0.2, 16, 4788.675, 976.77508, [0.097424, -0.027519, 0.059554, -0.060966, -0.058166], 414),
     (3, 16, "natural", 0.2, 16, 4867.517, 980.19868, [0.094307, -0.030831, 0.064292, -0.054875, -0.05778], 410),
@@ -91,6 +100,14 @@ def test_sparsegpt(problem, sparsity, pattern, bits, loss, magnitude, sampled):
     grid = IntegerGrid(bits, None, False, "full", torch.float32) if bits else None
     result = sparsegpt(weight, inputs.T @ inputs, sparsity, pattern=pattern, grid=grid, storage_dtype=torch.float32)
     check(result.dense(), problem, loss, magnitude, sampled)
+
+
+@pytest.mark.parametrize(("sparsity", "pattern", "counts", "magnitude"), WANDA)
+def test_wanda(problem, sparsity, pattern, counts, magnitude):
+    weight, inputs = problem
+    kept = wanda(weight, inputs.square().sum(0), sparsity, pattern=pattern).kept
+    assert [int(part.sum()) for part in kept.split(32, 1)] == counts
+    assert float((weight.abs() * kept).double().sum()) == pytest.approx(magnitude, rel=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "size", "order", "threshold", "rows", "loss", "total", "sampled", "outliers"), SPQR)

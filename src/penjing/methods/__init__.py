@@ -8,8 +8,8 @@ from penjing.methods.binarization import billm, onebit, ternary, xnor
 from penjing.methods.binarization.caution import untrained
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
-from penjing.methods.pruning import gradual, lottery_ticket, magnitude, shortgpt, sparsegpt, wanda
-from penjing.methods.pruning.options import SparsityOptions
+from penjing.methods.pruning import alps, gradual, lottery_ticket, magnitude, shortgpt, sparsegpt, wanda
+from penjing.methods.pruning.options import RefitOptions, caution, needs_of_mask
 from penjing.methods.quantization import (
     autoround,
     awq,
@@ -192,15 +192,18 @@ _TABLE = (
         paper="arXiv:1506.02626",
         options=magnitude.MagnitudeOptions,
         linear=magnitude.linear,
+        needs=needs_of_mask,
+        caution=caution,
         row_wise=lambda options: options.scope == "row" or options.pattern is not None,
     ),
     Method(
         name="wanda",
         summary="remove weights that are small and see small inputs",
         paper="arXiv:2306.11695",
-        options=SparsityOptions,
+        options=RefitOptions,
         linear=wanda.linear,
-        needs=lambda options: (ColumnNorm,),
+        needs=lambda options: needs_of_mask(options, ColumnNorm),
+        caution=caution,
     ),
     Method(
         name="sparsegpt",
@@ -209,7 +212,18 @@ _TABLE = (
         options=sparsegpt.SparseGPTOptions,
         linear=sparsegpt.linear,
         needs=lambda options: (Gram,),
+        caution=caution,
         row_wise=lambda options: options.pattern is not None and not (options.bits and options.group_size == "tensor"),
+    ),
+    Method(
+        name="alps",
+        summary="choose mask and weights together by splitting the problem (ADMM), then solve for the weights",
+        paper="arXiv:2406.07831",
+        options=alps.ALPSOptions,
+        linear=alps.linear,
+        needs=lambda options: (Gram,),
+        caution=caution,
+        row_wise=lambda options: options.pattern is not None,
     ),
     Method(
         name="svd",

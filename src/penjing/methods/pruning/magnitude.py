@@ -1,4 +1,4 @@
-"""Magnitude pruning: remove the smallest weights. The baseline of all others; needs no calibration.
+"""Magnitude pruning: remove the smallest weights. The baseline of all others; needs no calibration unless refitted.
 
 The score of a weight is |w|. The smallest scores go: of each row, of the whole matrix, or of every M consecutive
 inputs (N:M). Counts are exact: ties are broken by position, never by a threshold.
@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from penjing.methods.base import LinearInput
-from penjing.methods.pruning.options import SparsityOptions, check_pattern_fits
+from penjing.methods.pruning.options import RefitOptions, check_pattern_fits
 from penjing.methods.results import pruned
 from penjing.numerics.masks import dropped_of, keep_largest, keep_pattern
 from penjing.representations import Masked
@@ -29,7 +29,7 @@ from penjing.representations import Masked
 Scope = Literal["layer", "row"]
 
 
-class MagnitudeOptions(SparsityOptions):
+class MagnitudeOptions(RefitOptions):
     """Recipe keys of magnitude pruning."""
 
     scope: Scope = Field("layer", description="weights that compete: all of a linear, or those of one output")
@@ -61,7 +61,7 @@ def magnitude(
 
 def linear(given: LinearInput, options: MagnitudeOptions) -> Masked:
     """Prune one linear, or the stacked rows of several when rows do not compete."""
-    return magnitude(
+    found = magnitude(
         given.weight,
         options.sparsity,
         scope=options.scope,
@@ -69,3 +69,4 @@ def linear(given: LinearInput, options: MagnitudeOptions) -> Masked:
         kept=given.kept,
         storage_dtype=given.storage_dtype,
     )
+    return options.finish(given, found.kept)

@@ -8,10 +8,14 @@ from typing import Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from penjing.errors import RecipeError
-from penjing.methods.base import Options
-from penjing.representations import Scheme
+from penjing.methods.base import LinearInput, Options
+from penjing.methods.results import pruned
+from penjing.numerics.refit import refit
+from penjing.representations import Masked, Scheme
+from penjing.statistics import Gram, StatisticType
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -73,3 +77,30 @@ class SparsityOptions(Options):
     def scheme(self, before: Scheme, storage_dtype: torch.dtype) -> Scheme:
         """What an earlier step removed stays removed and counts towards the new fraction."""
         return replace(before, sparsity=max(before.sparsity, self.fraction), pattern=self.zeros_of or before.pattern)
+
+
+class RefitOptions(SparsityOptions):
+    """Recipe keys of methods that only choose a mask: what becomes of the weights it keeps."""
+
+    refit: bool = Field(False, description="move the weights that stay to where the output changes least")
+    damping: float = Field(0.01, ge=0, description="for `refit`: added to the Hessian's diagonal, relative to its mean")
+
+    def finish(self, given: LinearInput, mask: Tensor) -> Masked:
+        """The weight with `mask`, bool (N, K), refitted where that was asked for."""
+        weight = given.weight
+        if self.refit:
+            weight = refit(weight, given.statistics[Gram].value, mask, damping=self.damping)
+        return pruned(weight, mask, given.storage_dtype)
+
+
+def needs_of_mask(options: RefitOptions, *others: StatisticType) -> tuple[StatisticType, ...]:
+    """What the mask needs, and the Gram matrix for `refit`."""
+    return (*others, Gram) if options.refit else others
+
+
+def caution(options: SparsityOptions, parameters: int) -> str:
+    """What a plan says of zeros that are scattered."""
+    return (
+        "zeros make files of format native smaller, not the arithmetic faster: transformers multiplies them like other "
+        "numbers"
+    )

@@ -1,4 +1,4 @@
-"""Wanda: remove weights that are small and see small inputs; no weight is updated.
+"""Wanda: remove weights that are small and see small inputs; no weight is updated, unless `refit` asks for it.
 
     score_ij = |W_ij| ||x_j||_2
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from penjing.methods.base import LinearInput
-from penjing.methods.pruning.options import SparsityOptions, check_pattern_fits
+from penjing.methods.pruning.options import RefitOptions, check_pattern_fits
 from penjing.methods.results import pruned
 from penjing.numerics.masks import dropped_of, keep_largest, keep_pattern
 from penjing.representations import Masked
@@ -49,9 +49,9 @@ def wanda(
     return pruned(weight, mask, storage_dtype)
 
 
-def linear(given: LinearInput, options: SparsityOptions) -> Masked:
+def linear(given: LinearInput, options: RefitOptions) -> Masked:
     """Prune one linear, or the stacked rows of several that share their inputs."""
-    return wanda(
+    found = wanda(
         given.weight,
         given.statistics[ColumnNorm].value,
         options.sparsity,
@@ -59,3 +59,4 @@ def linear(given: LinearInput, options: SparsityOptions) -> Masked:
         kept=given.kept,
         storage_dtype=given.storage_dtype,
     )
+    return options.finish(given, found.kept)
