@@ -31,7 +31,9 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"penjing {penjing.__version__}\n", "")
 
 
-@pytest.mark.parametrize("verb", ["inspect", "list", "plan", "allocate", "compress", "eval", "compare", "verify"])
+@pytest.mark.parametrize(
+    "verb", ["inspect", "list", "plan", "allocate", "distribute", "compress", "eval", "compare", "verify"]
+)
 def test_help_of_every_verb(run: Run, verb: str) -> None:
     assert verb in run("--help")[1]
     code, out, err = run(verb, "--help")

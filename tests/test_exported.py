@@ -17,6 +17,7 @@ EXPORTED = [
     "allocate",
     "compare",
     "compress",
+    "distribute",
     "evaluate",
     "inspect",
     "load_recipe",

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 from penjing.transformers_hook import install as _install_loader
 
 if TYPE_CHECKING:
-    from penjing.api import allocate, bench, compare, compress, evaluate, export, inspect, plan, serve, verify
+    from penjing.api import (
+        allocate,
+        bench,
+        compare,
+        compress,
+        distribute,
+        evaluate,
+        export,
+        inspect,
+        plan,
+        serve,
+        verify,
+    )
     from penjing.engines import ENGINES
     from penjing.engines.chat import Talk
     from penjing.errors import PenjingError
@@ -41,6 +53,7 @@ __all__ = [
     "bench",
     "compare",
     "compress",
+    "distribute",
     "evaluate",
     "export",
     "inspect",

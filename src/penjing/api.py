@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from penjing.pipeline.export import Exported
     from penjing.pipeline.measure import Candidate
     from penjing.pipeline.sensitivity import Sensitivity
+    from penjing.pipeline.sparsities import Sparsities, SparsityRule
     from penjing.pipeline.verification import Verification
     from penjing.pipeline.walk import Progress
     from penjing.runtime.memory import CacheMemory
@@ -174,10 +175,7 @@ def allocate(
     from penjing.pipeline import allocation, menu
 
     chosen, wanted = load_recipe(recipe), menu.read_choices(choices)
-    if output is not None and Path(output).exists():
-        raise OutputError(f"{output} exists; a recipe is not overwritten")
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+    checkpoint, layout = _opened(model, output, trust_remote_code)
     check_tied_head(layout, checkpoint)
     result = allocation.allocate(
         checkpoint,
@@ -193,6 +191,44 @@ def allocate(
     if output is not None:
         Path(output).write_text(result.recipe_text(), encoding="utf-8")
     return result
+
+
+def distribute(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    by: SparsityRule = "owl",
+    above: float = 5.0,
+    spread: float = 0.08,
+    output: str | Path | None = None,
+    progress: Progress = _silent,
+    trust_remote_code: bool = False,
+) -> Sparsities:
+    """Give every block or linear a sparsity of its own, with the mean that the recipe says; a recipe comes out.
+
+    by      `owl`: blocks with many outliers keep more; `magnitude`: one threshold for the weights of the whole model
+    above   for `owl`: an outlier exceeds the mean score of its block so many times
+    spread  for `owl`: sparsities lie within twice this number of each other
+    output  as in `allocate`
+
+    Raises PlanError when no step has a `sparsity`.
+    """
+    from penjing.pipeline import sparsities
+
+    checkpoint, layout = _opened(model, output, trust_remote_code)
+    look = sparsities.Look(checkpoint, layout, load_recipe(recipe), progress, trust_remote_code)
+    result = sparsities.distribute(look, by=by, above=above, spread=spread)
+    if output is not None:
+        Path(output).write_text(result.recipe_text(), encoding="utf-8")
+    return result
+
+
+def _opened(model: Model, output: str | Path | None, trust_remote_code: bool) -> tuple[Checkpoint, Layout]:
+    """A model for which a recipe will be written; OutputError if there is one already."""
+    if output is not None and Path(output).exists():
+        raise OutputError(f"{output} exists; a recipe is not overwritten")
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    return checkpoint, layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
 
 
 def compress(

@@ -227,7 +227,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     remarks = Counter(row.remark for row in rows if row.remark)
     warnings += [f"{count} module{'s' if count > 1 else ''}: {remark}" for remark, count in remarks.items()]
     warnings += rewriting.notes if rewriting else ()
-    warnings += _cautions(recipe, layout)
+    warnings += recipe.cautions(layout.parameters)
     if tied and not layout.tied:
         rows = [replace(row, source_bytes=0) if row.module.kind == "head" else row for row in rows]
         warnings += [
@@ -247,15 +247,6 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         seconds=operations(recipe, [(row.module, row.steps) for row in rows]) / matmul_rate(compute_dtype()),
         rewriting=rewriting,
     )
-
-
-def _cautions(recipe: Recipe, layout: Layout) -> list[str]:
-    """What methods say of themselves, given a model of this size; the same words once."""
-    said = {
-        step.definition.caution(step.options, layout.parameters): f"step {number} ({step.method})"
-        for number, step in reversed(list(enumerate(recipe.steps, 1)))
-    }
-    return [f"{label}: {words}" for words, label in said.items() if words]
 
 
 def _rewriting(recipe: Recipe, layout: Layout) -> Rewriting | None:

@@ -152,6 +152,11 @@ class Recipe(_Section):
         """The recipe with every default spelled out; `Recipe.model_validate` reads it back."""
         return {**self.model_dump(mode="json", exclude={"steps"}), "steps": [step.as_dict() for step in self.steps]}
 
+    def cautions(self, parameters: int) -> list[str]:
+        """What its methods say of themselves on a model of so many parameters; the same words once."""
+        said = {step.definition.caution(step.options, parameters): step.label for step in reversed(self.steps)}
+        return [f"{label}: {words}" for words, label in reversed(said.items()) if words]
+
     def digest(self) -> str:
         """Changes when anything that affects the written weights changes."""
         relevant = self.as_dict()

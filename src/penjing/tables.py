@@ -163,6 +163,19 @@ def allocation(result: Mapping[str, Any]) -> Group:
     return Group(table, "", losses, "", facts(totals))
 
 
+def sparsities(result: Mapping[str, Any]) -> Group:
+    """Output of `Sparsities.as_dict()`: a line per block with its linears' sparsities, lowest to highest."""
+    table = _table("sparsity", "linears")
+    by_share: dict[float, list[str]] = {}
+    for name, share in result["sparsities"].items():
+        by_share.setdefault(share, []).append(name)
+    for share, names in sorted(by_share.items()):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(f"{share:.1%}", escape(names[0]) + more)
+    totals = {"mean": f"{result['mean_sparsity']:.2%}", "predicted size": readable_bytes(result["predicted_bytes"])}
+    return Group(table, "", facts(totals))
+
+
 def evaluation(result: Mapping[str, Any]) -> Group:
     """Output of `Evaluation.as_dict()`."""
     return comparison([result])

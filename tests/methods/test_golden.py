@@ -1,9 +1,9 @@
-"""Agreement with the authors' code for GPTQ, SparseGPT, Wanda, SpQR and OWQ: numbers it produced once on these seeded inputs.
+"""Agreement with the authors' code for GPTQ, SparseGPT, Wanda, SpQR and OWQ: numbers it gave once on seeded inputs.
 
 Run with IST-DASLab/gptq at 2d65066, IST-DASLab/sparsegpt at 147d215, locuslab/wanda at 8e8fc87, Vahe1994/SpQR at
-543d10e and xvyaward/owq at 03cfc99 (without its search for the scale), in fp32 on CPU. Two habits are matched by the arguments: GPTQ's group scales
-miss the updates of the block in progress, so its block size was the group size; unstructured SparseGPT removes one
-weight more per block than the fraction says.
+543d10e and xvyaward/owq at 03cfc99 (without its search for the scale), in fp32 on CPU. Two habits are matched by the
+arguments: GPTQ's group scales miss the updates of the block in progress, so its block size was the group size;
+unstructured SparseGPT removes one weight more per block than the fraction says.
 """
 
 import numpy

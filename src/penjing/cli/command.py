@@ -44,6 +44,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "list": compressing.list_,
     "plan": compressing.plan,
     "allocate": compressing.allocate,
+    "distribute": compressing.distribute,
     "compress": compressing.compress,
     "eval": measuring.evaluate,
     "compare": measuring.compare,

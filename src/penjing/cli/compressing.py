@@ -19,6 +19,7 @@ from penjing.cli.options import (
     SamplesOption,
     SeedOption,
     SensitivityName,
+    SparsityName,
     TrustOption,
 )
 from penjing.cli.output import show, working
@@ -75,6 +76,7 @@ def allocate(
     ] = "2,3,4,6,8",
     by: Annotated[
         SensitivityName,
+        SparsityName,
         typer.Option(help="estimate of losses: relative output error, expected from gradients, measured KL"),
     ] = SensitivityName.gradient,
     data: DataOption = None,
@@ -102,6 +104,37 @@ def allocate(
             trust_remote_code=trust_remote_code,
         )
     show(result.as_dict(), tables.allocation, as_json)
+
+
+def distribute(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="a new file for the recipe")],
+    by: Annotated[
+        SparsityName,
+        typer.Option(help="blocks with more outliers keep more, or one threshold for the weights of the whole model"),
+    ] = SparsityName.owl,
+    above: Annotated[float, typer.Option(min=1, help="owl: an outlier exceeds the mean score so many times")] = 5.0,
+    spread: Annotated[float, typer.Option(min=0, help="owl: half the distance of the furthest sparsities")] = 0.08,
+    format: FormatOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Give every block or linear its own sparsity and keep the recipe's mean; writes a recipe for `compress`."""
+    from penjing import api, tables
+
+    with working() as progress:
+        result = api.distribute(
+            model,
+            _recipe(recipe, format),
+            by=by.value,
+            above=above,
+            spread=spread,
+            output=output,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    show(result.as_dict(), tables.sparsities, as_json)
 
 
 def compress(

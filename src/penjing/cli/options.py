@@ -44,6 +44,13 @@ class SensitivityName(StrEnum):
     kl = "kl"
 
 
+class SparsityName(StrEnum):
+    """How `penjing distribute` tells blocks or linears apart."""
+
+    owl = "owl"
+    magnitude = "magnitude"
+
+
 class Listing(StrEnum):
     """What `penjing list` can list."""
 

@@ -175,14 +175,19 @@ class Menu:
             if "group_size" not in keys:
                 raise PlanError(f"choice {choice}: method {step.method} has no `group_size`")
             keys["group_size"] = choice.group_size
-        chosen = set(names)
-        others = [
-            module.name
-            for module in self.layout.modules
-            if module.name not in chosen
-            and (module.kind in ("linear", "embedding", "head") or module.name in (self.layout.never or {}))
-        ]
-        return keys | {"targets": patterns(names, others), "ignore": []}
+        return keys | {"targets": targets_for(self.layout, names), "ignore": []}
+
+
+def targets_for(layout: Layout, names: Sequence[str]) -> list[str]:
+    """The `targets` of a step that applies to these modules and to no others."""
+    chosen = set(names)
+    others = [
+        module.name
+        for module in layout.modules
+        if module.name not in chosen
+        and (module.kind in ("linear", "embedding", "head") or module.name in (layout.never or {}))
+    ]
+    return patterns(names, others)
 
 
 def _has_bits(step: Step, layout: Layout) -> bool:
