@@ -17,6 +17,7 @@ ORDER = [
     "cli",
     "tables",
     "api",
+    "budgets",
     "pipeline",
     "engines",
     "training",

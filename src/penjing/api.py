@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penjing.budgets import Model, silent
+from penjing.budgets import allocate as allocate
+from penjing.budgets import distribute as distribute
 from penjing.checkpoint import Checkpoint, open_checkpoint
-from penjing.errors import OutputError, PlanError
+from penjing.errors import PlanError
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
 from penjing.planning import Plan, describe, make_plan
@@ -23,24 +26,14 @@ if TYPE_CHECKING:
     from penjing.evaluation.report import Report
     from penjing.evaluation.windows import Protocol
     from penjing.methods.quantization.kivi import KVCache
-    from penjing.pipeline.allocation import Allocation
     from penjing.pipeline.engine_check import EngineCheck
     from penjing.pipeline.export import Exported
     from penjing.pipeline.measure import Candidate
-    from penjing.pipeline.sensitivity import Sensitivity
-    from penjing.pipeline.sparsities import Sparsities, SparsityRule
     from penjing.pipeline.verification import Verification
     from penjing.pipeline.walk import Progress
     from penjing.runtime.memory import CacheMemory
 
 # What walks a model is imported by the functions that walk one: a plan should take no longer than it must.
-
-Model = str | Path
-"""`demo`, a model directory, a .gguf file, or a hub id."""
-
-
-def _silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """No progress is shown unless the caller asks for it."""
 
 
 @dataclass(frozen=True)
@@ -149,94 +142,12 @@ def plan(
     return replace(made, warnings=(*made.warnings, *warnings))
 
 
-def allocate(
-    model: Model,
-    recipe: str | Path | dict[str, Any] | Recipe,
-    *,
-    budget: int | str | None = None,
-    bits: float | None = None,
-    choices: str = "2,3,4,6,8",
-    by: Sensitivity = "gradient",
-    output: str | Path | None = None,
-    progress: Progress = _silent,
-    trust_remote_code: bool = False,
-) -> Allocation:
-    """Choose bits for every linear so that the predicted loss is least within a budget; a recipe comes out.
-
-    budget   bytes of the whole model, as a number or as words ("80MB"); or else
-    bits     per weight of the linears of the blocks, scales included
-    choices  bits, bits with a group size (`3g64`) and `dense`, with commas; they replace those of the recipe's steps
-    by       how losses are estimated: `output`, `gradient` or `kl`
-    output   a new file for the recipe, in YAML
-
-    Raises PlanError when nothing fits the budget, OutputError when the file exists.
-    """
-    from penjing.models import check_tied_head
-    from penjing.pipeline import allocation, menu
-
-    chosen, wanted = load_recipe(recipe), menu.read_choices(choices)
-    checkpoint, layout = _opened(model, output, trust_remote_code)
-    check_tied_head(layout, checkpoint)
-    result = allocation.allocate(
-        checkpoint,
-        layout,
-        chosen,
-        budget=budget,
-        bits=bits,
-        choices=wanted,
-        by=by,
-        progress=progress,
-        trust_remote_code=trust_remote_code,
-    )
-    if output is not None:
-        Path(output).write_text(result.recipe_text(), encoding="utf-8")
-    return result
-
-
-def distribute(
-    model: Model,
-    recipe: str | Path | dict[str, Any] | Recipe,
-    *,
-    by: SparsityRule = "owl",
-    above: float = 5.0,
-    spread: float = 0.08,
-    output: str | Path | None = None,
-    progress: Progress = _silent,
-    trust_remote_code: bool = False,
-) -> Sparsities:
-    """Give every block or linear a sparsity of its own, with the mean that the recipe says; a recipe comes out.
-
-    by      `owl`: blocks with many outliers keep more; `magnitude`: one threshold for the weights of the whole model
-    above   for `owl`: an outlier exceeds the mean score of its block so many times
-    spread  for `owl`: sparsities lie within twice this number of each other
-    output  as in `allocate`
-
-    Raises PlanError when no step has a `sparsity`.
-    """
-    from penjing.pipeline import sparsities
-
-    checkpoint, layout = _opened(model, output, trust_remote_code)
-    look = sparsities.Look(checkpoint, layout, load_recipe(recipe), progress, trust_remote_code)
-    result = sparsities.distribute(look, by=by, above=above, spread=spread)
-    if output is not None:
-        Path(output).write_text(result.recipe_text(), encoding="utf-8")
-    return result
-
-
-def _opened(model: Model, output: str | Path | None, trust_remote_code: bool) -> tuple[Checkpoint, Layout]:
-    """A model for which a recipe will be written; OutputError if there is one already."""
-    if output is not None and Path(output).exists():
-        raise OutputError(f"{output} exists; a recipe is not overwritten")
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    return checkpoint, layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
-
-
 def compress(
     model: Model,
     recipe: str | Path | dict[str, Any] | Recipe,
     output: str | Path,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     evaluated: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
@@ -258,7 +169,7 @@ def verify(
     *,
     engine: str | None = None,
     against: Model | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Verification | EngineCheck:
     """Load what `compress` wrote as a user would and compare its logits with those it had in memory.
@@ -288,7 +199,7 @@ def evaluate(
     windows: int | None = 8,
     length: int = 2048,
     kv_cache: KVCache | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Perplexity of a model and, `against` another, KL divergence and top-1 agreement on the same tokens.
@@ -316,7 +227,7 @@ def compare(
     windows: int | None = 8,
     length: int = 2048,
     kv_cache: KVCache | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> list[Evaluation]:
     """Measure several models on the same text; the first is the reference the others are compared with.
@@ -371,7 +282,7 @@ def bench(
     *,
     load: Load | None = None,
     threads: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Bench:
     """How fast models are in engines, and how much memory they take there; see `penjing.engines.bench`.
@@ -393,7 +304,7 @@ def export(
     to: str,
     output: str | Path,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Exported:
     """Write a model in another format with the codes that it has, nothing quantised anew.

@@ -1,0 +1,105 @@
+"""Recipes that Penjing writes: who gets how much, measured on the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penjing.checkpoint import Checkpoint, open_checkpoint
+from penjing.errors import OutputError
+from penjing.models import Layout, layout_of
+from penjing.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from penjing.pipeline.allocation import Allocation
+    from penjing.pipeline.sensitivity import Sensitivity
+    from penjing.pipeline.sparsities import Sparsities, SparsityRule
+    from penjing.pipeline.walk import Progress
+
+Model = str | Path
+"""`demo`, a model directory, a .gguf file, or a hub id."""
+
+
+def silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """No progress is shown unless the caller asks for it."""
+
+
+def allocate(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    budget: int | str | None = None,
+    bits: float | None = None,
+    choices: str = "2,3,4,6,8",
+    by: Sensitivity = "gradient",
+    output: str | Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+) -> Allocation:
+    """Choose bits for every linear so that the predicted loss is least within a budget; a recipe comes out.
+
+    budget   bytes of the whole model, as a number or as words ("80MB"); or else
+    bits     per weight of the linears of the blocks, scales included
+    choices  bits, bits with a group size (`3g64`) and `dense`, with commas; they replace those of the recipe's steps
+    by       how losses are estimated: `output`, `gradient` or `kl`
+    output   a new file for the recipe, in YAML
+
+    Raises PlanError when nothing fits the budget, OutputError when the file exists.
+    """
+    from penjing.models import check_tied_head
+    from penjing.pipeline import allocation, menu
+
+    chosen, wanted = load_recipe(recipe), menu.read_choices(choices)
+    checkpoint, layout = _opened(model, output, trust_remote_code)
+    check_tied_head(layout, checkpoint)
+    result = allocation.allocate(
+        checkpoint,
+        layout,
+        chosen,
+        budget=budget,
+        bits=bits,
+        choices=wanted,
+        by=by,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    return _written(result, output)
+
+
+def distribute(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    by: SparsityRule = "owl",
+    above: float = 5.0,
+    spread: float = 0.08,
+    output: str | Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+) -> Sparsities:
+    """Give every block or linear a sparsity of its own, with the mean that the recipe says; a recipe comes out.
+
+    by      `owl`: blocks with many outliers keep more; `magnitude`: one threshold for the weights of the whole model
+    above   for `owl`: an outlier exceeds the mean score of its block so many times
+    spread  for `owl`: sparsities lie within twice this number of each other
+    output  as in `allocate`
+    """
+    from penjing.pipeline import sparsities
+
+    checkpoint, layout = _opened(model, output, trust_remote_code)
+    look = sparsities.Look(checkpoint, layout, load_recipe(recipe), progress, trust_remote_code)
+    return _written(sparsities.distribute(look, by=by, above=above, spread=spread), output)
+
+
+def _opened(model: Model, output: str | Path | None, trust_remote_code: bool) -> tuple[Checkpoint, Layout]:
+    """A model for which a recipe will be written; OutputError if there is one already."""
+    if output is not None and Path(output).exists():
+        raise OutputError(f"{output} exists; a recipe is not overwritten")
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    return checkpoint, layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+
+
+def _written(result: Allocation | Sparsities, output: str | Path | None) -> Any:
+    if output is not None:
+        Path(output).write_text(result.recipe_text(), encoding="utf-8")
+    return result
