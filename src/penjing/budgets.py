@@ -32,6 +32,8 @@ def allocate(
     bits: float | None = None,
     choices: str = "2,3,4,6,8",
     by: Sensitivity = "gradient",
+    generations: int = 0,
+    offspring: int = 16,
     output: str | Path | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
@@ -40,16 +42,21 @@ def allocate(
 
     budget   bytes of the whole model, as a number or as words ("80MB"); or else
     bits     per weight of the linears of the blocks, scales included
-    choices  bits, bits with a group size (`3g64`) and `dense`, with commas; they replace those of the recipe's steps
+    choices  bits, bits with a group size (`3g64`), sparsity with or without bits (`50%`, `2:4+4`), other methods
+             (`ternary`, `wanda(sparsity=0.3)`) and `dense`, with commas; they replace the recipe's steps with bits
     by       how losses are estimated: `output`, `gradient` or `kl`
+    generations, offspring
+             of an evolutionary search (EvoPress) that refines the result on the measured KL divergence; 0: none
     output   a new file for the recipe, in YAML
 
     Raises PlanError when nothing fits the budget, OutputError when the file exists.
     """
+    from penjing.methods.allocation.evopress import Search
     from penjing.models import check_tied_head
-    from penjing.pipeline import allocation, menu
+    from penjing.pipeline import allocation
+    from penjing.pipeline.choices import read_choices
 
-    chosen, wanted = load_recipe(recipe), menu.read_choices(choices)
+    chosen, wanted = load_recipe(recipe), read_choices(choices)
     checkpoint, layout = _opened(model, output, trust_remote_code)
     check_tied_head(layout, checkpoint)
     result = allocation.allocate(
@@ -60,6 +67,7 @@ def allocate(
         bits=bits,
         choices=wanted,
         by=by,
+        search=Search(generations, offspring),
         progress=progress,
         trust_remote_code=trust_remote_code,
     )

@@ -160,6 +160,8 @@ def allocation(result: Mapping[str, Any]) -> Group:
         "bits per weight": f"{result['bits_per_weight']:.3f} of these linears, scales included",
         "loss": result["loss_meaning"],
     }
+    if searched := result["searched_kl"]:
+        totals["search"] = f"KL {searched['before']:.4f} before, {searched['after']:.4f} after, in nats per token"
     return Group(table, "", losses, "", facts(totals))
 
 

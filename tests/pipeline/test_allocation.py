@@ -12,7 +12,7 @@ from penjing import api
 from penjing.checkpoint.directory import SafetensorsCheckpoint
 from penjing.errors import OutputError, PlanError
 from penjing.pipeline.allocation import read_bytes
-from penjing.pipeline.menu import Choice, read_choices
+from penjing.pipeline.choices import Choice, read_choices
 from runs import compress, penjing, recipe, texts
 from tiny_models import FAMILIES
 

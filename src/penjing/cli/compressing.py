@@ -72,13 +72,19 @@ def allocate(
     budget: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="of the whole model: 80MB")] = None,
     bits: Annotated[float | None, typer.Option(min=0, help="per weight of the linears, scales included")] = None,
     choices: Annotated[
-        str, typer.Option(metavar="LIST", help="bits, bits with a group size (3g64), `dense`")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="bits, also with a group size (3g64); sparsity (50%), also with bits (2:4+4); methods; `dense`",
+        ),
     ] = "2,3,4,6,8",
     by: Annotated[
         SensitivityName,
         SparsityName,
         typer.Option(help="estimate of losses: relative output error, expected from gradients, measured KL"),
     ] = SensitivityName.gradient,
+    generations: Annotated[int, typer.Option(min=0, help="of a search that refines by measured KL (EvoPress)")] = 0,
+    offspring: Annotated[int, typer.Option(min=1, help="of each generation")] = 16,
     data: DataOption = None,
     samples: SamplesOption = None,
     length: LengthOption = None,
@@ -99,6 +105,8 @@ def allocate(
             bits=bits,
             choices=choices,
             by=by.value,
+            generations=generations,
+            offspring=offspring,
             output=output,
             progress=progress,
             trust_remote_code=trust_remote_code,

@@ -7,20 +7,25 @@ experts of a block share a choice. Everything that can be refused is refused bef
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError
+from penjing.methods.allocation.evopress import Search, evopress
 from penjing.methods.allocation.knapsack import knapsack
 from penjing.models.layout import Layout
 from penjing.numerics.precision import compute_dtype
-from penjing.pipeline.menu import Choice, Menu
+from penjing.pipeline.choices import Choice
+from penjing.pipeline.evolution import Database, Mixtures
+from penjing.pipeline.menu import Menu
 from penjing.pipeline.rewritten import RewrittenCheckpoint
-from penjing.pipeline.sensitivity import Question, Sensitivity, SensitivityWalk
+from penjing.pipeline.sensitivity import PROBE_LENGTH, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.text import TextSource
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
@@ -42,6 +47,9 @@ def read_bytes(size: int | str) -> int:
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
+
+SEARCH_WINDOWS = (1, 4)
+"""Windows of text, of `PROBE_LENGTH` tokens, on which a search judges: many offspring, then the few that are left."""
 
 MEANINGS: Mapping[Sensitivity, str] = {
     "output": "change of each linear's output over the output, squared, summed over linears",
@@ -69,6 +77,7 @@ class Allocation:
     recipe   ordinary, ready for `compress`
     plan     what it will do; `plan.bytes` is at most `budget`
     by       how losses were estimated: nats per token for `gradient` and `kl`, a ratio for `output`
+    refined  measured KL of the knapsack's mixture and of what the search made of it; None without a search
     uniform  whether the format and the budget allow a choice everywhere: its bytes, by choice
     """
 
@@ -79,6 +88,7 @@ class Allocation:
     choices: tuple[Choice, ...]
     shares: tuple[Share, ...]
     uniform: tuple[int, ...]
+    refined: tuple[float, float] | None = None
 
     @property
     def bits(self) -> float:
@@ -113,6 +123,7 @@ class Allocation:
             "predicted_bytes": self.plan.bytes,
             "bits_per_weight": self.bits,
             "predicted_loss": self.loss,
+            "searched_kl": None if self.refined is None else dict(zip(("before", "after"), self.refined, strict=True)),
             "uniform": [
                 {"choice": name, "bytes": size, "loss": self.uniform_loss(number), "fits": size <= self.budget}
                 for number, (name, size) in enumerate(zip(names, self.uniform, strict=True))
@@ -139,25 +150,43 @@ def allocate(
     bits: float | None,
     choices: Sequence[Choice],
     by: Sensitivity,
+    search: Search,
     progress: Callable[[str, int, int, str], None],
     trust_remote_code: bool = False,
 ) -> Allocation:
-    """Measure, solve, and write the recipe. Raises PlanError before anything is measured when no answer is possible."""
+    """Measure, solve, refine if the search has generations, and write the recipe.
+
+    Raises PlanError before anything is measured when no answer is possible.
+    """
     menu = Menu.open(checkpoint, layout, recipe, choices)
     limit = menu.limit(None if budget is None else read_bytes(budget), bits)
     tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
     rewriting = menu.whole.rewriting
-    walk = SensitivityWalk(
-        checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate"),
-        menu.layout,
-        Question(menu.units, menu.plans, by, menu.nearest(limit)),
-        tokens,
-        dtype=compute_dtype(),
-        progress=progress,
-        trust_remote_code=trust_remote_code,
-    )
-    losses = walk.run()
-    chosen = knapsack(menu.sizes, losses, limit - menu.fixed)
+    source = checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate")
+    refinement = None
+    with tempfile.TemporaryDirectory() as folder:
+        database = Database(Path(folder))
+        walk = SensitivityWalk(
+            source,
+            menu.layout,
+            Question(menu.units, menu.plans, by, menu.nearest(limit)),
+            tokens,
+            dtype=compute_dtype(),
+            progress=progress,
+            store=database.add if search.generations else None,
+            trust_remote_code=trust_remote_code,
+        )
+        losses = walk.run()
+        chosen = knapsack(menu.sizes, losses, limit - menu.fixed)
+        if search.generations:
+            stages = [tokens[:count, :PROBE_LENGTH] for count in SEARCH_WINDOWS]
+            mixtures = Mixtures(walk.stream, menu.units, [choice.dense for choice in choices], database, stages)
+
+            def report(generation: int, loss: float) -> None:
+                progress("search", generation + 1, search.generations, f"KL {loss:.4f}")
+
+            best, *refinement = evopress(chosen, menu.sizes, limit - menu.fixed, mixtures.losses, search, report)
+            chosen = list(best)
     final = menu.assemble(chosen)
     if final is None:
         raise PlanError(f"every linear fits in {limit:,} bytes as it is; there is nothing to do")
@@ -168,4 +197,5 @@ def allocate(
         for unit, option, sizes, costs in zip(menu.units, chosen, menu.sizes, losses, strict=True)
     ]
     plan = make_plan(checkpoint, layout, final)
-    return Allocation(final, plan, limit, by, tuple(choices), tuple(shares), tuple(menu.totals))
+    refined = None if refinement is None else (refinement[0], refinement[1])
+    return Allocation(final, plan, limit, by, tuple(choices), tuple(shares), tuple(menu.totals), refined)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -11,6 +10,7 @@ from typing import Any
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError, RecipeError
 from penjing.models.layout import Layout, ModuleSpec
+from penjing.pipeline.choices import Choice
 from penjing.pipeline.patterns import patterns
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, Step, load_recipe
@@ -19,37 +19,12 @@ from penjing.targets import selected
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What may become of a unit: `bits` None keeps it dense; `group_size` None keeps the recipe's."""
-
-    bits: int | None
-    group_size: int | None = None
-
-    def __str__(self) -> str:
-        if self.bits is None:
-            return "dense"
-        return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
-
-
-def read_choices(text: str) -> tuple[Choice, ...]:
-    """Choices from words such as "2,3,4g32,8,dense". Raises PlanError naming the word that is none."""
-    choices: dict[Choice, None] = {}
-    for word in (word.strip() for word in text.split(",")):
-        match = re.fullmatch(r"(\d+)(?:g(\d+))?", word)
-        if match is None and word != "dense":
-            raise PlanError(f"choice {word!r} is neither bits (3), nor bits and a group size (3g64), nor `dense`")
-        choice = Choice(int(match[1]), int(match[2]) if match[2] else None) if match else Choice(None)
-        choices[choice] = None
-    return tuple(choices)
-
-
-@dataclass(frozen=True)
 class Menu:
     """Units and choices of a model.
 
     whole    the plan of the recipe as it is
     units    linears of the decoder blocks by full name; those that must share a choice together
-    varied   numbers of the recipe's steps whose bits are to be chosen
+    varied   numbers of the recipe's steps that the choices replace
     plans    per choice, the model with that choice in every unit; None: everything stays as it is
     sizes    bytes by unit and choice
     fixed    bytes of everything outside the units
@@ -78,9 +53,7 @@ class Menu:
                 "a recipe that removes blocks cannot be allocated; remove them in a run of their own, first"
             )
         inside = whole.layout
-        varied = tuple(number for number, step in enumerate(recipe.steps) if _has_bits(step, inside))
-        if not varied:
-            raise PlanError("no step of the recipe has `bits` to choose for linears of the blocks; use rtn or gptq")
+        varied = _varied(recipe, inside, choices)
         names = [name for number in varied for name in _in_blocks(recipe.steps[number], inside)]
         least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0)
         plans = []
@@ -160,7 +133,7 @@ class Menu:
                 steps.append(step.as_dict() | {"targets": outside, "ignore": []})
             for choice in self.choices:
                 members = [name for name in names if assignment.get(name) == choice]
-                if members and choice.bits is not None:
+                if members and not choice.dense:
                     steps.append(self._step(step, choice, members))
         if not steps:
             return None
@@ -170,11 +143,9 @@ class Menu:
             raise PlanError(f"a choice does not suit the recipe: {error}") from error
 
     def _step(self, step: Step, choice: Choice, names: Sequence[str]) -> dict[str, Any]:
-        keys = step.as_dict() | {"bits": choice.bits}
-        if choice.group_size is not None:
-            if "group_size" not in keys:
-                raise PlanError(f"choice {choice}: method {step.method} has no `group_size`")
-            keys["group_size"] = choice.group_size
+        keys = choice.step(step)
+        if step.activations is not None and keys["method"] != step.method:
+            keys |= {"activations": step.as_dict()["activations"]}
         return keys | {"targets": targets_for(self.layout, names), "ignore": []}
 
 
@@ -190,8 +161,17 @@ def targets_for(layout: Layout, names: Sequence[str]) -> list[str]:
     return patterns(names, others)
 
 
-def _has_bits(step: Step, layout: Layout) -> bool:
-    if step.definition.select or getattr(step.options, "bits", None) is None:
+def _varied(recipe: Recipe, layout: Layout, choices: Sequence[Choice]) -> tuple[int, ...]:
+    """Numbers of the steps that the choices replace: those with bits, or else those with a sparsity."""
+    for key in ("bits", "sparsity"):
+        found = tuple(number for number, step in enumerate(recipe.steps) if _has(key, step, layout))
+        if found and (key == "bits" or not all(choice.step_of_bits for choice in choices)):
+            return found
+    raise PlanError("no step of the recipe has `bits` to choose for linears of the blocks; use rtn or gptq")
+
+
+def _has(key: str, step: Step, layout: Layout) -> bool:
+    if step.definition.select or getattr(step.options, key, None) is None:
         return False
     if not _in_blocks(step, layout):
         return False

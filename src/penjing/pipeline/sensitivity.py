@@ -76,6 +76,7 @@ class SensitivityWalk:
 
     tokens  calibration windows (S, T)
     dtype   of the calibration arithmetic; gradients and divergences are measured in fp32
+    store   is handed what every choice made of every linear: full name, choice, (N, K)
     """
 
     def __init__(
@@ -87,13 +88,14 @@ class SensitivityWalk:
         *,
         dtype: torch.dtype,
         progress: Callable[[str, int, int, str], None],
+        store: Callable[[str, int, Tensor], None] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.layout, self.question, self.tokens = layout, question, tokens
-        self.dtype, self.progress = dtype, progress
+        self.dtype, self.progress, self._store = dtype, progress, store
         self._cache = BlockCache(checkpoint)
         source = Weights(checkpoint, layout).live
-        self._stream = StreamedModel(checkpoint.config, layout, source, trust_remote_code=trust_remote_code)
+        self.stream = StreamedModel(checkpoint.config, layout, source, trust_remote_code=trust_remote_code)
         self._rows = [{} if plan is None else {row.module.name: row for row in plan.rows} for plan in question.plans]
         self._losses = [[0.0] * len(question.plans) for _ in question.units]
         self._gradients: Mapping[str, SquaredGradients] = {}
@@ -105,9 +107,9 @@ class SensitivityWalk:
         windows = GRADIENT_WINDOWS if self.question.by == "gradient" else PROBE_WINDOWS
         probe_tokens = self.tokens[:windows, :PROBE_LENGTH]
         if self.question.by == "gradient":
-            self._gradients = squared_gradients(self._stream, probe_tokens, self._linears(), self.progress)
-        probe = None if self.question.by == "output" else self._stream.embed(probe_tokens, torch.float32)
-        states = self._stream.embed(self.tokens, self.dtype)
+            self._gradients = squared_gradients(self.stream, probe_tokens, self._linears(), self.progress)
+        probe = None if self.question.by == "output" else self.stream.embed(probe_tokens, torch.float32)
+        states = self.stream.embed(self.tokens, self.dtype)
         for index in range(self.layout.blocks):
             self.progress("measure sensitivity", index, self.layout.blocks, self.layout.block_name(index))
             self._block(index, states, probe)
@@ -133,9 +135,9 @@ class SensitivityWalk:
             for unit, names in enumerate(self.question.units)
         ]
         parts = [(unit, names) for unit, names in parts if names]
-        with self._stream.block(index, self.dtype) as block:
+        with self.stream.block(index, self.dtype) as block:
             statistics = self._observe(block, index, states, [name for _, names in parts for name in names])
-            self._stream.advance(block, index, states)
+            self.stream.advance(block, index, states)
         weighted: Mapping[str, Gram] = {}
         if probe is not None and self.question.by == "gradient":
             weighted = self._weigh(index, probe, list(statistics))
@@ -161,10 +163,10 @@ class SensitivityWalk:
             for batch in batches(states):
                 observer.start_forward()
                 with suppress(EnoughSeen):
-                    self._stream.run(block, index, batch)
+                    self.stream.run(block, index, batch)
                 if any(compares(kind) for kinds in needs.values() for kind in kinds):
                     with observer.beside(), suppress(EnoughSeen):  # the model walked is the dense one itself
-                        self._stream.run(block, index, batch)
+                        self.stream.run(block, index, batch)
         found: dict[str, Statistics] = {}
         for name, kinds in needs.items():
             columns = self.layout.by_name[prefix + name].shape[1]
@@ -189,9 +191,9 @@ class SensitivityWalk:
             weights = self._gradients[prefix + name].tokens[gram.tokens : gram.tokens + len(inputs)]
             gram.update(inputs * weights.sqrt().unsqueeze(1))
 
-        with self._stream.block(index, torch.float32) as block:
+        with self.stream.block(index, torch.float32) as block:
             hooks = [find(block, name).register_forward_pre_hook(partial(see, name)) for name in names]
-            self._stream.advance(block, index, states)
+            self.stream.advance(block, index, states)
             for hook in hooks:
                 hook.remove()
         self._seen = states.shape[0] * states.shape[1]
@@ -211,6 +213,9 @@ class SensitivityWalk:
         weights = {name: tensors[f"{name}.weight"] for name in names}
         choices = range(len(self.question.plans))
         made = side_by_side(partial(self._compressed, prefix, weights, statistics), choices)
+        for choice in choices if self._store is not None else ():
+            for name in names if self.question.plans[choice] is not None else ():
+                self._store(prefix + name, choice, made[choice][0][name])  # type: ignore[misc]
         errors = [
             sum(
                 self._expected(prefix + name, weights[name] - done[name], weighted[name])
@@ -259,22 +264,22 @@ class SensitivityWalk:
 
     def _advance_probes(self, index: int, probe: Tensor, parts: Sequence[_Part]) -> None:
         """Run the block on every probe under way, start one per part, then run it on the dense states."""
-        with self._stream.block(index, torch.float32) as block:
+        with self.stream.block(index, torch.float32) as block:
             for _, states in self._probes:
-                self._stream.advance(block, index, states)
+                self.stream.advance(block, index, states)
             for part in parts:
                 with torch.no_grad():
                     outputs = [
-                        self._stream.run_with(block, index, batch, part.replaced).clone() for batch in batches(probe)
+                        self.stream.run_with(block, index, batch, part.replaced).clone() for batch in batches(probe)
                     ]
                 part.replaced.clear()
                 self._probes.append((part, torch.cat(outputs)))
-            self._stream.advance(block, index, probe)
+            self.stream.advance(block, index, probe)
 
     def _measure_divergences(self, tokens: Tensor, dense: Tensor) -> None:
         """KL divergence of every probe from the dense model; losses of all choices follow."""
         measured = [Comparison() for _ in self._probes]
-        with self._stream.head(torch.float32) as logits:
+        with self.stream.head(torch.float32) as logits:
             for window in range(len(tokens)):
                 self.progress("measure divergences", window, len(tokens), "")
                 place, targets = slice(window, window + 1), tokens[window, 1:]
