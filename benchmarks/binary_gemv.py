@@ -4,7 +4,8 @@
 
 Shapes are the linears of models of about 1B parameters (hidden 2048, feed-forward 8192) and 7B (4096, 11008).
 Codes are random, since speed does not look at values. All variants take turns in every round. The median round of each
-says how it was, the fastest what the machine can do when nobody else uses it; ratios are those of the fastest. Between two products the cache is overwritten, as the rest of a model would.
+says how it was, the fastest what the machine can do when nobody else uses it; ratios are those of the fastest. Between
+two products the cache is overwritten, as the rest of a model would.
 """
 
 from __future__ import annotations

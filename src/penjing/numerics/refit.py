@@ -23,7 +23,7 @@ from penjing.numerics.cholesky import dead_columns
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """`gram` (K, K) with a fraction of its mean live diagonal on the diagonal; dead inputs get that mean."""
+    """`gram` (K, K) with a fraction of its mean live diagonal added; dead inputs get that mean."""
     diagonal = gram.diagonal()
     live = diagonal > 0
     mean = float(diagonal[live].mean()) if live.any() else 1.0
