@@ -90,7 +90,8 @@ def _takes_factors(step: Step) -> bool:
 def _has_free_scales(scheme: Scheme) -> bool:
     if scheme.rank or scheme.correction:
         return False
-    return isinstance(scheme.grid, IntegerGrid) and scheme.grid.group_size != "tensor"
+    grid = scheme.grid
+    return isinstance(grid, IntegerGrid) and grid.group_size != "tensor" and not grid.scale_bits
 
 
 _MERGED = ("compressed-tensors", "gptq", "gptq-v2", "awq")

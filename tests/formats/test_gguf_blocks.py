@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from penjing.errors import FormatError
+from penjing.formats import FORMATS
 from penjing.formats.gguf import GGUFFormat
 from penjing.formats.gguf.types import blocks_of, type_of
 from penjing.methods.quantization.gptq import gptq
@@ -145,6 +146,14 @@ def test_what_does_not_fit_is_refused(scheme, module, reason):
     (problem,) = GGUFFormat().problems(module, scheme)
     assert reason in problem
     assert module.name in problem
+
+
+@pytest.mark.parametrize("name", ["native", "compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_k_quants_are_for_gguf_only(name, kind):
+    problems = FORMATS[name].problems(MODULE, Scheme(GRIDS[kind]))
+    assert problems
+    assert name == "bitsandbytes" or "gguf" in problems[0]
 
 
 def test_a_scale_beyond_fp16_is_an_error():

@@ -28,6 +28,8 @@ def grid_problems(module: ModuleSpec, grid: ScaledGrid) -> list[str]:
         ]
     if isinstance(grid, TernaryGrid):
         return [f"{module.name}: compressed-tensors has no ternary codes; use format native"]
+    if isinstance(grid, IntegerGrid) and grid.scale_bits:
+        return [f"{module.name}: scales in two levels (K-quants) have no place in compressed-tensors; use format gguf"]
     if isinstance(grid, FloatGrid) and not has_layout(grid):
         return [
             f"{module.name}: {grid.label} has no place in compressed-tensors, which knows fp8-e4m3 per channel, tensor "

@@ -22,6 +22,7 @@ from penjing.formats.native.layout import (
 )
 from penjing.formats.targets import find_target, summarise
 from penjing.models.layout import ModuleSpec
+from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Dense, Masked, Representation, Scheme
 
 VERSION = 1
@@ -36,7 +37,10 @@ class NativeFormat:
     summary = "everything Penjing can make, at its exact bit width; transformers loads it after `import penjing`"
 
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:
-        """Only inputs can be out of reach: an embedding has none, and transformers multiplies all experts at once."""
+        """K-quants are GGUF's. Else only inputs can be out of reach: an embedding has none, and transformers multiplies
+        all experts at once."""
+        if isinstance(scheme.grid, IntegerGrid) and scheme.grid.scale_bits:
+            return [f"{module.name}: scales in two levels (K-quants) have no place here; use format gguf"]
         if scheme.activations is None:
             return []
         if module.kind == "embedding":
