@@ -23,35 +23,37 @@ _WATCHER = "_penjing_watcher"
 _PREFIX = "penjing_"
 
 
-def watch_attention(model: nn.Module, watcher: Watcher) -> None:
-    """Have every attention layer of a transformers model show its tensors to `watcher` from now on.
+def watch_attention(model: nn.Module, watcher: Watcher) -> Callable[[], None]:
+    """Have every attention layer of a transformers model show its tensors to `watcher`; returns what ends it.
 
-    It stands beside the layers as a plain attribute: parameters and their names stay as they are, a copy of the model
-    keeps it, and another watcher takes its place. Raises PlanError for a kind of attention that is neither sdpa nor
-    eager.
+    It stands beside the layers as a plain attribute: parameters and their names stay as they are. Raises PlanError for
+    a kind of attention that is neither sdpa nor eager.
     """
-    model_of: Any = model
-    before = str(model_of.config._attn_implementation).removeprefix(_PREFIX)
+    watched: Any = model
+    before = str(watched.config._attn_implementation)
     if before not in ("sdpa", "eager"):
         raise PlanError(f"attention of kind {before!r} cannot be watched; load the model with sdpa or eager")
     _register(before)
-    model_of.set_attn_implementation(_PREFIX + before)
+    watched.set_attn_implementation(_PREFIX + before)
     for module in model.modules():
         object.__setattr__(module, _WATCHER, watcher)
+
+    def end() -> None:
+        watched.set_attn_implementation(before)
+        for module in model.modules():
+            module.__dict__.pop(_WATCHER, None)
+
+    return end
 
 
 @contextmanager
 def attention_watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """The same for as long as the block lasts."""
-    model_of: Any = model
-    before = model_of.config._attn_implementation
-    watch_attention(model, watcher)
+    end = watch_attention(model, watcher)
     try:
         yield
     finally:
-        model_of.set_attn_implementation(before)
-        for module in model.modules():
-            object.__delattr__(module, _WATCHER)
+        end()
 
 
 def _register(kind: str) -> None:

@@ -12,9 +12,9 @@ from penjing.methods.distillation.self_distillation import exit_losses
 from penjing.methods.distillation.sequence_level import Answer, examples, usable
 from penjing.methods.distillation.sliced import sliced_sum
 from penjing.methods.distillation.soft_labels import soft_and_hard_labels
-from penjing.methods.distillation.tokens import IGNORED
 from penjing.methods.distillation.top_k import TopK, top_k, top_k_kl
 from penjing.methods.distillation.uld import common_positions, matching_tokens, uld
+from penjing.methods.training import IGNORED
 
 V, T = 9, 6
 LABELS = torch.arange(T)

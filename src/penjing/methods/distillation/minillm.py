@@ -81,12 +81,19 @@ def minillm(
 
     Its value is no distance: only the gradient means something. Watch `sequence_reverse_kl`.
     """
+    with torch.no_grad():
+        chosen = [log_probabilities(logits).gather(-1, tokens[..., None]).squeeze(-1) for logits in (student, teacher)]
+        weight = importance(*chosen, teacher_share)
+        advantage = returns(rewards(*chosen, written), written, normalise)
+    losses = token_losses(student, teacher, tokens, weight, advantage)
+    return torch.where(written, losses, 0).sum() / len(tokens)
+
+
+def token_losses(student: Tensor, teacher: Tensor, tokens: Tensor, weight: Tensor, advantage: Tensor) -> Tensor:
+    """w_t (KL(q || p) - R_t log q(y_t)) per token: logits (..., V); tokens, w and R (...), constants."""
     log_q, log_p = log_probabilities(student), log_probabilities(teacher.detach())
-    chosen_q, chosen_p = (log.gather(-1, tokens[..., None]).squeeze(-1) for log in (log_q, log_p))
-    weights = importance(chosen_q, chosen_p, teacher_share)
     single = (log_q.exp() * (log_q - log_p)).sum(-1)
-    long = -returns(rewards(chosen_q, chosen_p, written), written, normalise) * chosen_q
-    return torch.where(written, weights * (single + long), 0).sum() / len(tokens)
+    return weight * (single - advantage * log_q.gather(-1, tokens[..., None]).squeeze(-1))
 
 
 def sequence_reverse_kl(student: Tensor, teacher: Tensor, written: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penjing.methods.distillation.tokens import IGNORED
+from penjing.methods.training import IGNORED
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a token that is not learnt, as in transformers."""
+from penjing.methods.training import IGNORED
 
 
 class TokenLoss(Protocol):
@@ -71,7 +70,7 @@ def masked_labels(tokens: Tensor, attention: Tensor, prompt_lengths: Tensor | No
     return labels
 
 
-def mean_over(values: Tensor, at: Tensor | None = None, count: int | float | None = None) -> Tensor:
+def mean_over(values: Tensor, at: Tensor | None = None, count: Tensor | float | None = None) -> Tensor:
     """Sum of `values` (...) where `at` is true, over `count`: by default their number. 0 when there are none.
 
     What lies outside `at` cannot spoil the result, not even NaN.
