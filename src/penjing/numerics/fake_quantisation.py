@@ -37,7 +37,21 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Stored(torch.autograd.Function):
-    """A value as a type of storage holds it, with the gradient of the identity."""
+    """The next value towards zero that a type of storage holds, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(context: object, value: Tensor, dtype: torch.dtype) -> Tensor:
+        near = value.to(dtype)
+        below = torch.nextafter(near, torch.zeros_like(near))
+        return torch.where(near.to(value.dtype).abs() > value.abs(), below, near).to(value.dtype)
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Nearest(torch.autograd.Function):
+    """The nearest value that a type of storage holds, with the gradient of the identity."""
 
     @staticmethod
     def forward(context: object, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +63,10 @@ class _Stored(torch.autograd.Function):
 
 
 def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded to `dtype`, in its own; the gradient does not see it."""
+    """A range in its own dtype, moved towards zero until `dtype` holds it; the gradient does not see it.
+
+    Not beyond the largest magnitude, so that this has the largest code, even of 8 bits with scales in bf16.
+    """
     return value if value.dtype == dtype else _Stored.apply(value, dtype)
 
 
@@ -65,7 +82,7 @@ def largest(values: Tensor) -> Tensor:
 
 def step_of(reach: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """s for ranges t >= 0 that `dtype` holds; 1 where it would vanish, so that such a group is zero."""
-    step = stored(reach / highest(bits), dtype)
+    step = _Nearest.apply(reach / highest(bits), dtype)
     return torch.where(step == 0, torch.ones_like(step), step)
 
 

@@ -10,6 +10,7 @@ from penjing.methods.distillation.kl import forward_kl, reverse_kl
 from penjing.methods.distillation.skewed_kl import log_mixture, share_of_own, skewed_forward_kl, skewed_reverse_kl
 from penjing.methods.distillation.soft_labels import soft_and_hard_labels, soft_labels
 from penjing.methods.distillation.tokens import cross_entropy, masked_labels, mean_over, predictions
+from penjing.methods.training import IGNORED
 
 V, T = 7, 5
 

@@ -15,6 +15,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from penjing.errors import PlanError
+from penjing.methods.adaptation.recover import hold_zeros
 from penjing.methods.distillation.jsd import generalised_jsd
 from penjing.methods.distillation.kl import reverse_kl
 from penjing.methods.distillation.objective import Distillation, Transfer
@@ -85,6 +86,7 @@ def train(task: TrainTask, options: DistilOptions) -> Training:
 
     after_step(0)
     task.model.requires_grad_(True)
+    hold_zeros(task)
     return Training(task.model, objective, after_step=after_step)
 
 

@@ -82,9 +82,11 @@ def minillm(
     Its value is no distance: only the gradient means something. Watch `sequence_reverse_kl`.
     """
     with torch.no_grad():
-        chosen = [log_probabilities(logits).gather(-1, tokens[..., None]).squeeze(-1) for logits in (student, teacher)]
-        weight = importance(*chosen, teacher_share)
-        advantage = returns(rewards(*chosen, written), written, normalise)
+        log_q, log_p = (
+            log_probabilities(logits).gather(-1, tokens[..., None]).squeeze(-1) for logits in (student, teacher)
+        )
+        weight = importance(log_q, log_p, teacher_share)
+        advantage = returns(rewards(log_q, log_p, written), written, normalise)
     losses = token_losses(student, teacher, tokens, weight, advantage)
     return torch.where(written, losses, 0).sum() / len(tokens)
 

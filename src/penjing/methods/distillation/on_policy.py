@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from penjing.methods.adaptation.recover import hold_zeros
 from penjing.methods.distillation.distil import DivergenceOptions, LossName, same_vocabulary
 from penjing.methods.distillation.minillm import importance, mixed_sampling, returns, rewards, token_losses
 from penjing.methods.distillation.objective import Distillation
@@ -136,11 +137,9 @@ class MiniLLM(nn.Module):
         at, tokens = predictions(batch["labels"])
         student, teacher = ours[at], theirs[at]
         with torch.no_grad():
-            log_q, log_p = (
-                self._chosen(which, states, tokens)
-                for which, states in ((model, student), (self.teacher.model, teacher))
-            )
-            reward = rewards(*(_placed(log, at) for log in (log_q, log_p)), at)
+            log_q = self._chosen(model, student, tokens)
+            log_p = self._chosen(self.teacher.model, teacher, tokens)
+            reward = rewards(_placed(log_q, at), _placed(log_p, at), at)
             advantage = returns(reward, at, self.options.length_normalised)[at]
             weight = importance(log_q, log_p, self.options.teacher_share)
 
@@ -171,6 +170,7 @@ def train_gkd(task: TrainTask, options: GKDOptions) -> Training:
     same_vocabulary(task.model, teacher)
     objective = OnPolicy(teacher, options.token_loss(), options.own, options.new_tokens, options.sampling_temperature)
     task.model.requires_grad_(True)
+    hold_zeros(task)
     return Training(task.model, objective)
 
 
@@ -179,4 +179,5 @@ def train_minillm(task: TrainTask, options: MiniLLMOptions) -> Training:
     teacher = task.teacher()
     same_vocabulary(task.model, teacher)
     task.model.requires_grad_(True)
+    hold_zeros(task)
     return Training(task.model, MiniLLM(teacher, options))

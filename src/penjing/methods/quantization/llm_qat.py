@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from penjing.errors import PlanError
+from penjing.methods.adaptation.recover import hold_zeros
 from penjing.methods.base import GroupSize
 from penjing.methods.distillation.objective import Distillation
 from penjing.methods.distillation.self_written import SelfWritten
@@ -180,6 +181,7 @@ def train(task: TrainTask, options: LLMQATOptions) -> Training:
     """The method's `train` shape."""
     teacher = task.teacher()
     task.model.requires_grad_(True)
+    hold_zeros(task)
     weights = matrices(task.model)
     ends = round_linear_inputs(weights, options.inputs) if options.inputs < 16 else []
     ends += [round_cache(task.model, options.kv)] if options.kv < 16 else []
