@@ -12,6 +12,7 @@ from penjing.methods.distillation import distil, on_policy
 from penjing.methods.distillation.attention import visible_pairs
 from penjing.methods.distillation.objective import Distillation, Transfer, look
 from penjing.methods.distillation.self_written import GREEDY, SelfWritten, self_written
+from penjing.methods.distillation.student import Student, blocks_of, make_student
 from penjing.methods.training import IGNORED, TrainTask
 from penjing.models.attention import attention_watched
 from penjing.models.outputs import last_states, logits_of
@@ -236,3 +237,32 @@ def test_text_after_an_early_end_is_not_learnt(teacher):
     teacher.config.eos_token_id = list(range(300))
     tokens, labels = self_written(teacher, 2, 8, seed=0)
     assert tokens.shape == (2, 8) and (labels[:, 2:] == IGNORED).all() and (labels[:, :2] != IGNORED).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_begins_as_layers_of_its_teacher(family, tiny_model):
+    from penjing.checkpoint import open_checkpoint
+    from penjing.models import layout_of
+
+    directory = tiny_model(family, layers=3)
+    model = load(directory)
+    made = make_student(model, Student(layers=2))
+    path, count = blocks_of(made)
+    assert count == 2 and blocks_of(model) == (path, 3)
+    state, before = made.state_dict(), model.state_dict()
+    assert state.keys() < before.keys()
+    for name, value in state.items():
+        old = name.replace(f"{path}.1.", f"{path}.2.")
+        assert torch.equal(value, before[old]), name
+    assert torch.isfinite(made(token_windows(1, 8)).logits).all()
+    checkpoint = open_checkpoint(directory)
+    planned = Student(layers=2).config(checkpoint.config, layout_of(checkpoint.config))
+    assert getattr(made.config, "layer_types", None) == planned.get(
+        "layer_types", getattr(made.config, "layer_types", None)
+    )
+    fresh = make_student(model, Student(layers=2, init="random"), seed=1)
+    assert not torch.equal(fresh.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    again = make_student(model, Student(layers=2, init="random"), seed=1)
+    assert torch.equal(fresh.get_input_embeddings().weight, again.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="4 layers cannot be taken out of 3"):
+        make_student(model, Student(layers=4))

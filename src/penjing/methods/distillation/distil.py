@@ -9,8 +9,9 @@ Source: Hinton et al. 2015 (arXiv:1503.02531); see the modules named above for t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,8 +22,10 @@ from penjing.methods.distillation.kl import reverse_kl
 from penjing.methods.distillation.objective import Distillation, Transfer
 from penjing.methods.distillation.skewed_kl import skewed_forward_kl, skewed_reverse_kl
 from penjing.methods.distillation.soft_labels import soft_labels
+from penjing.methods.distillation.student import Student, make_student
 from penjing.methods.distillation.tokens import TokenLoss
 from penjing.methods.training import Training, TrainOptions, TrainTask
+from penjing.models.layout import Layout
 
 LossName = Literal["forward-kl", "reverse-kl", "skewed-forward-kl", "skewed-reverse-kl", "jsd"]
 
@@ -52,6 +55,7 @@ class DivergenceOptions(TrainOptions):
 class DistilOptions(DivergenceOptions):
     """Recipe keys of white-box distillation."""
 
+    student: Student | None = Field(None, description="make a smaller model first; default: train the one at hand")
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher; the true next token has the rest")
     hidden: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of hidden states")
     attention: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of attention scores")
@@ -67,6 +71,10 @@ class DistilOptions(DivergenceOptions):
             raise ValueError("`transfer_first` needs a weight for `hidden`, `attention` or `relations`")
         return self
 
+    def config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+        """config.json of the model that is made."""
+        return config if self.student is None else self.student.config(config, layout)
+
     @property
     def transfer(self) -> Transfer:
         """What is learnt besides labels."""
@@ -75,19 +83,22 @@ class DistilOptions(DivergenceOptions):
 
 def train(task: TrainTask, options: DistilOptions) -> Training:
     """The method's `train` shape. Raises PlanError when student and teacher have different vocabularies."""
-    teacher = task.teacher()
-    same_vocabulary(task.model, teacher)
+    teacher, model = task.teacher(), task.model
+    if options.student is not None:
+        model = make_student(model, options.student, options.seed)
+    same_vocabulary(model, teacher)
     objective = Distillation(teacher, options.token_loss(), options.alpha, options.transfer)
-    objective.fit(task.model, options.seed)
+    objective.fit(model, options.seed)
     first = round(options.transfer_first * options.steps)
 
     def after_step(done: int) -> None:
         objective.labels_count = done >= first
 
     after_step(0)
-    task.model.requires_grad_(True)
-    hold_zeros(task)
-    return Training(task.model, objective, after_step=after_step)
+    model.requires_grad_(True)
+    if model is task.model:
+        hold_zeros(task)
+    return Training(model, objective, after_step=after_step, finish=lambda: model.requires_grad_(False))
 
 
 def same_vocabulary(student: object, teacher: object) -> None:
