@@ -66,7 +66,9 @@ def four(method: str, **keys: Any) -> Step:
 W8A8 = step("rtn", bits=8, group_size="channel", activations={"bits": 8})
 
 
-RECOVER = step("recover", steps=2, batch_size=2, micro_batch=2, rank=4)
+BRIEF = {"steps": 2, "batch_size": 2, "micro_batch": 2}
+RECOVER = step("recover", rank=4, **BRIEF)
+QAT = step("llm-qat", group_size=32, storage="float32", kv=4, pool=2, **BRIEF)
 
 
 def static(method: str = "rtn", targets: tuple[str, ...] = ("linear",), **keys: Any) -> Step:
@@ -228,6 +230,13 @@ TRAINED: dict[str, Case] = {
     "lottery ticket": Case((step("lottery-ticket", steps=2, levels=2),), "native", "gpt2"),
     "gptq, peqa": Case((four("gptq"), step("peqa", iterations=2, batch_size=2)), "native"),
     "shortgpt, recover, gptq": Case((step("shortgpt", drop=1), RECOVER | {"what": "full"}, four("gptq"))),
+    "distil, gkd, gptq": Case(
+        (step("distil", student={"layers": 1}, **BRIEF), step("gkd", new_tokens=4, **BRIEF), four("gptq")),
+        "native",
+        "gemma3",
+    ),
+    "wanda, minillm": Case((step("wanda", sparsity=0.5), step("minillm", new_tokens=4, **BRIEF)), "native"),
+    "llm-qat, rtn": Case((QAT, four("rtn", scale_rule="narrow", activations={"bits": 8}))),
 }
 
 FLOATS: dict[str, Case] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from penjing.errors import PlanError
-from penjing.methods.quantization.llm_qat import LLMQATOptions, matrices, round_cache, train
+from penjing.methods.quantization.llm_qat import LLMQATOptions, config_of, matrices, round_cache, train
 from penjing.methods.quantization.rtn import rtn
 from penjing.methods.training import TrainTask
 from penjing.numerics.grids import IntegerGrid
@@ -117,6 +117,8 @@ def test_experts_and_whole_matrices_are_refused(tiny_model):
         prepared(load(tiny_model("mixtral")), teacher, inputs=8)
     with pytest.raises(ValueError, match="row by row"):
         LLMQATOptions(group_size="tensor")
+    with pytest.raises(ValueError, match="set `storage: float32`"):
+        config_of({"dtype": "float32"}, None, LLMQATOptions())
 
 
 def test_pruned_weights_stay_zero(tiny_model, tmp_path):

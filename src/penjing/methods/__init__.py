@@ -6,6 +6,7 @@ from penjing.methods.adaptation import peqa, recover
 from penjing.methods.base import Method, Selection
 from penjing.methods.binarization import billm, onebit, ternary, xnor
 from penjing.methods.binarization.caution import untrained
+from penjing.methods.distillation import distil, on_policy
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
 from penjing.methods.pruning import alps, gradual, lottery_ticket, magnitude, shortgpt, sparsegpt, wanda
@@ -18,6 +19,7 @@ from penjing.methods.quantization import (
     gptq,
     hqq,
     llm_int8,
+    llm_qat,
     owq,
     rotation,
     rtn,
@@ -320,6 +322,38 @@ _TABLE = (
         paper="arXiv:2407.14679",
         options=recover.RecoverOptions,
         remake=Trained(start=recover.train),
+    ),
+    Method(
+        name="distil",
+        summary="train a student, made of the model's layers or at hand, on its teacher's logits, states and attention",
+        paper="arXiv:1503.02531",
+        options=distil.DistilOptions,
+        remake=Trained(
+            start=distil.train,
+            config=lambda config, layout, options: options.config(config, layout),
+            keeps_zeros=lambda options: options.student is None,
+        ),
+    ),
+    Method(
+        name="gkd",
+        summary="train a student on what it writes itself, by a divergence from the teacher at every token",
+        paper="arXiv:2306.13649",
+        options=on_policy.GKDOptions,
+        remake=Trained(start=on_policy.train_gkd),
+    ),
+    Method(
+        name="minillm",
+        summary="train a student by policy gradient towards sequences its teacher finds likely (reverse KL)",
+        paper="arXiv:2306.08543",
+        options=on_policy.MiniLLMOptions,
+        remake=Trained(start=on_policy.train_minillm),
+    ),
+    Method(
+        name="llm-qat",
+        summary="train with rounded weights, inputs and cache on text the model wrote; `rtn` then rounds without loss",
+        paper="arXiv:2305.17888",
+        options=llm_qat.LLMQATOptions,
+        remake=Trained(start=llm_qat.train, config=llm_qat.config_of),
     ),
 )
 

@@ -55,7 +55,10 @@ class DivergenceOptions(TrainOptions):
 class DistilOptions(DivergenceOptions):
     """Recipe keys of white-box distillation."""
 
-    student: Student | None = Field(None, description="make a smaller model first; default: train the one at hand")
+    student: Student | None = Field(
+        None,
+        description="a smaller model to make first: `layers`, `choice` (spread, first, last, middle-out), `init` (select, random)",
+    )
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher; the true next token has the rest")
     hidden: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of hidden states")
     attention: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of attention scores")

@@ -20,7 +20,7 @@ ranges, Esser et al. 2020 (arXiv:1902.08153).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ from penjing.methods.distillation.objective import Distillation
 from penjing.methods.distillation.self_written import SelfWritten
 from penjing.methods.training import Training, TrainOptions, TrainTask
 from penjing.models.attention import watch_attention
+from penjing.models.layout import Layout
 from penjing.numerics.activations import Activations, round_inputs
 from penjing.numerics.fake_quantisation import first_reach, largest, learnt, rounded_to_range, snapped, stored
 
@@ -175,6 +176,14 @@ def on_the_grid(weights: Iterable[Matrix]) -> None:
         values = chain[0].snapped(chain.original)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         module.get_parameter(name).copy_(values)
+
+
+def config_of(config: Mapping[str, Any], layout: Layout, options: LLMQATOptions) -> Mapping[str, Any]:
+    """config.json of the result, which is the one before. Raises ValueError when scales would be of another type."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype != options.storage:
+        raise ValueError(f"the model is stored in {dtype} and so will its scales be; set `storage: {dtype}`")
+    return config
 
 
 def train(task: TrainTask, options: LLMQATOptions) -> Training:
