@@ -105,7 +105,7 @@ class OnPolicy(nn.Module):
 
 
 class MiniLLM(nn.Module):
-    """MiniLLM's objective. `value` is no distance; watch `reverse_kl`, per token that was written."""
+    """MiniLLM's objective. Its value is log q - log p per token that was written; its gradient is the estimate's."""
 
     def __init__(self, teacher: nn.Module, options: MiniLLMOptions) -> None:
         super().__init__()
@@ -117,7 +117,8 @@ class MiniLLM(nn.Module):
         prompts, attention = prompts_of(batch)
         models = [model, self.teacher.model]
         written = write(models, prompts, attention, self.options.new_tokens, self._choose, end_tokens(model))
-        value, divergence = self._policy(model, continued(prompts, attention, written))
+        estimate, divergence = self._policy(model, continued(prompts, attention, written))
+        value = estimate + (divergence - estimate).detach()
         parts = {"reverse_kl": divergence}
         if self.options.text_weight:
             text = self.text(model, batch).value
