@@ -21,6 +21,7 @@ ORDER = [
     "pipeline",
     "engines",
     "training",
+    "teachers",
     "evaluation",
     "planning",
     "rules",

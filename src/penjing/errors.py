@@ -30,6 +30,10 @@ class TrainingError(PenjingError):
     """Training went astray: a loss that is no number or runs away, batches that cannot be shared out to the devices."""
 
 
+class TeacherError(PenjingError):
+    """A teacher cannot be asked, refuses, or its recorded answers cannot be read."""
+
+
 class FormatError(PenjingError):
     """A file format cannot hold or cannot decode what it was given."""
 

@@ -57,7 +57,8 @@ class DistilOptions(DivergenceOptions):
 
     student: Student | None = Field(
         None,
-        description="a smaller model to make first: `layers`, `choice` (spread, first, last, middle-out), `init` (select, random)",
+        description="a smaller model to make first: `layers`, `choice` (`spread`, `first`, `last`, `middle-out`), "
+        "`init` (`select`, `random`)",
     )
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher; the true next token has the rest")
     hidden: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of hidden states")
