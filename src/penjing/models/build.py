@@ -56,6 +56,23 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(_settings(config, False).to_dict())
 
 
+def check_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> str:
+    """Why transformers refuses a config; empty if it takes it. Nothing is built."""
+    remote = trust_remote_code and "auto_map" in config
+    try:
+        _settings(config, remote)
+    except Exception as error:  # configuration classes raise whatever they like
+        return " ".join(str(error).split())
+    return ""
+
+
+def setting(config: Mapping[str, Any], key: str, *, trust_remote_code: bool = False) -> Any:
+    """A value of config.json, or the default of the configuration class of transformers."""
+    if config.get(key) is not None:
+        return config[key]
+    return getattr(_settings(config, trust_remote_code and "auto_map" in config), key)
+
+
 def _settings(config: Mapping[str, Any], remote: bool) -> Any:
     """The configuration object; without a key-value cache and without the quantiser that config.json may name."""
     from transformers import AutoConfig

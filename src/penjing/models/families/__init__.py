@@ -13,6 +13,7 @@ FAMILIES: Mapping[str, str] = {
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
+    "granite": "llama",
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "mixtral",
