@@ -149,6 +149,25 @@ class MeanAbs:
         self._sum = self._sum / scale.float()
 
 
+class Mean:
+    """Mean per input: `value` fp32 (K,), summed in fp64."""
+
+    def __init__(self, columns: int) -> None:
+        self._sum = torch.zeros(columns, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        self._sum += inputs.sum(0, dtype=torch.float64)
+        self.tokens += inputs.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return (self._sum / max(self.tokens, 1)).float()
+
+    def rescale(self, scale: Tensor) -> None:
+        self._sum = self._sum / scale.double()
+
+
 StatisticType = Callable[[int], Statistic]
 Statistics = Mapping[StatisticType, Statistic]
 

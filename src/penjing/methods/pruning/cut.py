@@ -1,0 +1,270 @@
+"""Removing units as a step of a recipe: how much goes, by which score, and what makes up for it.
+
+Every kind of unit keeps the same number in every block, because config.json has one number for all. `sparsity` is a
+fraction of the units; `params` a number of parameters of the whole model that the result does not exceed, as closely
+as one unit allows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from penjing.methods.base import Options, Remake
+from penjing.methods.pruning import llm_pruner
+from penjing.methods.pruning.unit_scores import SCORES, UnitScore, taylor
+from penjing.models import layout_of
+from penjing.models.couplings import Couplings, UnitKind, find_couplings
+from penjing.models.layout import Layout
+from penjing.models.narrowing import Kept, narrow_units
+from penjing.numerics.masks import dropped_of
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_count(text: str | int) -> int:
+    """`"100M"` -> 100,000,000; K, M and B are powers of a thousand. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB]?)", str(text).strip().upper())
+    if not match or not float(match[1]):
+        raise ValueError(f"{text!r} is not a number of parameters; write 100M, 1.5B or 134515008")
+    return int(float(match[1]) * _SUFFIXES[match[2]])
+
+
+class SizeOptions(Options):
+    """Recipe keys that say how much goes: one of them."""
+
+    sparsity: float | None = Field(None, ge=0, lt=1, description="fraction of the units to remove, rounded down")
+    params: str | int | None = Field(None, description="parameters of the result, at most: 100M, 1.5B or a number")
+    multiple: int = Field(1, ge=1, description="widths become multiples of it, as groups of a later quantiser may need")
+
+    @field_validator("params")
+    @classmethod
+    def _readable(cls, params: str | int | None) -> str | int | None:
+        if params is not None:
+            parse_count(params)
+        return params
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.sparsity is None) == (self.params is None):
+            raise ValueError("give one of `sparsity` (a fraction) and `params` (a number of parameters)")
+        return self
+
+
+class UnitOptions(SizeOptions):
+    """Recipe keys of every method that removes neurons or heads."""
+
+    refit: bool = Field(True, description="the linear after the units makes up for those removed, in closed form")
+
+
+class NeuronOptions(UnitOptions):
+    """Recipe keys of removing neurons of the MLP."""
+
+    score: Literal[
+        "contribution",
+        "magnitude",
+        "magnitude-l1",
+        "activation",
+        "wanda-sp",
+        "fluctuation",
+        "obs",
+        "taylor",
+        "taylor-second",
+        "taylor-mixed",
+        "taylor-vector",
+        "gradient",
+    ] = Field("wanda-sp", description="which units stay: those with the highest")
+
+
+class HeadOptions(UnitOptions):
+    """Recipe keys of removing attention heads; heads that share a key and value go together."""
+
+    score: Literal[
+        "contribution",
+        "magnitude",
+        "magnitude-l1",
+        "activation",
+        "wanda-sp",
+        "fluctuation",
+        "obs",
+        "taylor",
+        "taylor-second",
+        "taylor-mixed",
+        "taylor-vector",
+        "gradient",
+        "entropy",
+    ] = Field("contribution", description="which groups of heads stay: those with the highest")
+
+
+class FLAPOptions(SizeOptions):
+    """Recipe keys of FLAP."""
+
+    heads: bool = Field(True, description="remove groups of attention heads")
+    neurons: bool = Field(True, description="remove neurons of the MLP")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if not (self.heads or self.neurons):
+            raise ValueError("`heads` or `neurons` must be true, or there is nothing to remove")
+        return self
+
+
+class LLMPrunerOptions(UnitOptions):
+    """Recipe keys of LLM-Pruner."""
+
+    refit: bool = Field(False, description="the linear after the units makes up for those removed; not in the paper")
+    order: llm_pruner.Order = Field("first", description="first, second or mixed order of the change of the loss")
+    granularity: llm_pruner.Granularity = Field("element", description="what magnitudes are taken of")
+    heads: bool = Field(True, description="remove groups of attention heads")
+    neurons: bool = Field(True, description="remove neurons of the MLP")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if not (self.heads or self.neurons):
+            raise ValueError("`heads` or `neurons` must be true, or there is nothing to remove")
+        return self
+
+
+@dataclass(frozen=True)
+class UnitCut(Remake):
+    """A model with fewer units in every block.
+
+    score    by which units are kept
+    refit    whether the linear after them is refitted
+    biased   whether the mean of what goes is put into a bias, which the new config then has
+    """
+
+    score: Callable[[Any], UnitScore]
+    refit: Callable[[Any], bool]
+    biased: bool = False
+
+
+def kinds_of(options: Any) -> tuple[UnitKind, ...]:
+    """The kinds of units that a step removes, in the order of the forward pass."""
+    if isinstance(options, HeadOptions):
+        return ("heads",)
+    if isinstance(options, NeuronOptions):
+        return ("neurons",)
+    kinds: tuple[UnitKind, ...] = ("heads", "neurons")
+    return tuple(kind for kind in kinds if getattr(options, kind))
+
+
+def _config(biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> Mapping[str, Any]:
+    """config.json of the model that is left. Raises PlanError or ValueError when there is none."""
+    couplings = find_couplings(config, layout)
+    kinds = kinds_of(options)
+    _require_units(layout, couplings, kinds)
+    if biased:
+        config = _with_biases(config, layout, kinds)
+        layout = layout_of(config)
+    kept = _kept(couplings, kinds, options, partial(_parameters, layout, couplings))
+    return narrow_units(config, layout, couplings, kept).config
+
+
+def _require_units(layout: Layout, couplings: Sequence[Couplings], kinds: Sequence[UnitKind]) -> None:
+    for kind in kinds:
+        for index, block in enumerate(couplings):
+            if not block.of(kind):
+                said = "; ".join(f"{name}.weight: {reason}" for name, reason in block.unresolved.items())
+                raise ValueError(
+                    f"{layout.block_name(index)} has no {kind} that can be removed"
+                    + (f": {said}" if said else "; no linear there reads units of that kind")
+                )
+
+
+def _kept(
+    couplings: Sequence[Couplings],
+    kinds: Sequence[UnitKind],
+    options: SizeOptions,
+    parameters: Callable[[Kept], int],
+) -> Kept:
+    """How many units of each kind stay."""
+    sizes = {(found.kind, found.units) for block in couplings for found in block.found if found.kind in kinds}
+    if options.sparsity is not None:
+        return {
+            (kind, units): _rounded(units - dropped_of(units, options.sparsity), units, options.multiple)
+            for kind, units in sorted(sizes)
+        }
+    assert options.params is not None
+    target, most = parse_count(options.params), max(units for _, units in sizes)
+    for left in range(most, 0, -1):
+        kept = {
+            (kind, units): max(1, units * left // most) // options.multiple * options.multiple
+            for kind, units in sorted(sizes)
+        }
+        if 0 in kept.values():
+            break
+        if parameters(kept) <= target:
+            return kept
+    least = parameters({(kind, units): min(units, options.multiple) for kind, units in sizes})
+    raise ValueError(
+        f"params: {options.params} cannot be reached by removing {' and '.join(kinds)} alone: what is left has at "
+        f"least {least:,} parameters"
+    )
+
+
+def _rounded(kept: int, units: int, multiple: int) -> int:
+    """The multiple nearest to `kept`, at least one and at most what there is."""
+    return max(1, round(kept / multiple)) * multiple if multiple <= units else units
+
+
+def _parameters(layout: Layout, couplings: Sequence[Couplings], kept: Kept) -> int:
+    total = layout.parameters
+    for index, block in enumerate(couplings):
+        for found in block.found:
+            gone = found.units - kept.get((found.kind, found.units), found.units)
+            modules = {name: layout.by_name[f"{layout.block_name(index)}.{name}"] for name in found.rows}
+            consumer = layout.by_name[f"{layout.block_name(index)}.{found.consumer}"]
+            total -= gone * found.columns.shape[1] * consumer.shape[0]
+            total -= gone * sum(
+                rows.shape[1] * (modules[name].shape[1] + ("bias" in modules[name].tensors))
+                for name, rows in found.rows.items()
+            )
+    return total
+
+
+def _with_biases(config: Mapping[str, Any], layout: Layout, kinds: Sequence[UnitKind]) -> Mapping[str, Any]:
+    """The config with biases where the removed units' means go. ValueError where a model has no place for them."""
+    couplings = find_couplings(config, layout)
+    for kind, key in (("heads", "attention_bias"), ("neurons", "mlp_bias")):
+        consumers = [found.consumer for found in couplings[0].of(kind)] if kind in kinds else []
+        if all(_has_bias(layout, consumer) for consumer in consumers):
+            continue
+        changed = {**config, key: True}
+        if config["model_type"] == "mistral" or not all(_has_bias(layout_of(changed), name) for name in consumers):
+            raise ValueError(
+                f"{consumers[0]} of {config['model_type']} has no bias and config.json cannot give it one; use "
+                f"`method: {kind}` with `score: fluctuation`, whose refit absorbs the means as far as weights can"
+            )
+        config = changed
+    return config
+
+
+def _has_bias(layout: Layout, consumer: str) -> bool:
+    return "bias" in layout.by_name[f"{layout.block_name(0)}.{consumer}"].tensors
+
+
+def unit_cut(score: Callable[[Any], UnitScore], *, refit: Callable[[Any], bool], biased: bool = False) -> UnitCut:
+    """The row of a method that removes units."""
+    return UnitCut(
+        config=partial(_config, biased),
+        keeps_zeros=lambda options: not refit(options),
+        score=score,
+        refit=refit,
+        biased=biased,
+    )
+
+
+def scored(options: NeuronOptions | HeadOptions) -> UnitScore:
+    """The score that a step names."""
+    return SCORES[options.score]
+
+
+def llm_pruner_score(options: LLMPrunerOptions) -> UnitScore:
+    """LLM-Pruner's, as the step says."""
+    return taylor(options.order, options.granularity)
