@@ -259,6 +259,21 @@ FLOATS: dict[str, Case] = {
     "rtn nvfp4": Case((step("rtn", type="nvfp4", targets=["linear", "embedding"]),), "native", "mixtral"),
 }
 
+CUT: dict[str, Case] = {
+    "heads, neurons, gptq": Case(
+        (step("heads", sparsity=0.5), step("neurons", sparsity=0.3, multiple=32, score="obs"), four("gptq"))
+    ),
+    "flap": Case((step("flap", sparsity=0.25, heads=False),), "dense"),
+    "llm-pruner, experts": Case((step("llm-pruner", sparsity=0.5),), "dense", "qwen3_moe"),
+    "channels, rtn": Case((step("channels", sparsity=0.125), four("rtn", group_size=8)), "native", "phi3"),
+    "channels as they are": Case((step("channels", sparsity=0.25, basis="own"),), "dense", "gemma3"),
+    "angular-layers, replaceme": Case(
+        (step("angular-layers", drop=1), step("replaceme", drop=1)), "dense", "gpt2", {"layers": 4}
+    ),
+    "greedy-layers": Case((step("greedy-layers", drop=1, windows=1),), "dense", "gemma3", {"layers": 3}),
+}
+"""Smaller models, which load like any other."""
+
 TIED: dict[str, Case] = {
     f"tied, {name}, {format}": Case(steps, format, model={"tied": True})
     for format in ("compressed-tensors", "native")
@@ -317,7 +332,7 @@ def _llama() -> dict[str, Case]:
     return cases
 
 
-CASES: dict[str, Case] = {**_llama(), **ONLY_NATIVE, **FLOATS, **TRAINED, **TIED, **_families()}
+CASES: dict[str, Case] = {**_llama(), **ONLY_NATIVE, **FLOATS, **CUT, **TRAINED, **TIED, **_families()}
 
 
 @dataclass(frozen=True)

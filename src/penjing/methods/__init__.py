@@ -9,8 +9,23 @@ from penjing.methods.binarization.caution import untrained
 from penjing.methods.distillation import distil, on_policy
 from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
 from penjing.methods.low_rank.options import RankOptions
-from penjing.methods.pruning import alps, gradual, lottery_ticket, magnitude, shortgpt, sparsegpt, wanda
+from penjing.methods.pruning import (
+    alps,
+    angular_layers,
+    channels,
+    cut,
+    gradual,
+    greedy_layers,
+    layer_cut,
+    lottery_ticket,
+    magnitude,
+    replaceme,
+    shortgpt,
+    sparsegpt,
+    wanda,
+)
 from penjing.methods.pruning.options import RefitOptions, caution, needs_of_mask
+from penjing.methods.pruning.unit_scores import SCORES
 from penjing.methods.quantization import (
     autoround,
     awq,
@@ -301,6 +316,62 @@ _TABLE = (
         paper="arXiv:2403.03853",
         options=shortgpt.ShortGPTOptions,
         select=Selection(CosineChange, shortgpt.select),
+    ),
+    Method(
+        name="angular-layers",
+        summary="remove the run of neighbouring blocks that turns the hidden state least",
+        paper="arXiv:2403.17887",
+        options=angular_layers.RunOptions,
+        remake=layer_cut.ANGULAR,
+    ),
+    Method(
+        name="greedy-layers",
+        summary="remove block after block, each time the one whose absence the model's outputs show least",
+        paper="arXiv:2402.09025",
+        options=greedy_layers.GreedyOptions,
+        remake=layer_cut.GREEDY,
+    ),
+    Method(
+        name="replaceme",
+        summary="remove a run of blocks and fold the linear map nearest to it into the MLP before it",
+        paper="arXiv:2505.02819",
+        options=replaceme.ReplaceMeOptions,
+        remake=layer_cut.REPLACEME,
+    ),
+    Method(
+        name="neurons",
+        summary="remove neurons of the MLP; the projection after them makes up for it",
+        paper="arXiv:2501.17771",
+        options=cut.NeuronOptions,
+        remake=cut.unit_cut(cut.scored, refit=lambda options: options.refit),
+    ),
+    Method(
+        name="heads",
+        summary="remove groups of attention heads; the projection after them makes up for it",
+        paper="arXiv:1905.10650",
+        options=cut.HeadOptions,
+        remake=cut.unit_cut(cut.scored, refit=lambda options: options.refit),
+    ),
+    Method(
+        name="channels",
+        summary="remove channels of the residual stream, turned so that the last matter least, or as they are",
+        paper="arXiv:2401.15024",
+        options=channels.ChannelOptions,
+        remake=channels.STREAM_CUT,
+    ),
+    Method(
+        name="flap",
+        summary="remove heads and neurons that hardly fluctuate, and put their mean into a bias",
+        paper="arXiv:2312.11983",
+        options=cut.FLAPOptions,
+        remake=cut.unit_cut(lambda options: SCORES["fluctuation"], refit=lambda options: False, biased=True),
+    ),
+    Method(
+        name="llm-pruner",
+        summary="remove coupled heads and neurons without which the loss would change least, by gradients",
+        paper="arXiv:2305.11627",
+        options=cut.LLMPrunerOptions,
+        remake=cut.unit_cut(cut.llm_pruner_score, refit=lambda options: options.refit),
     ),
     Method(
         name="gradual",

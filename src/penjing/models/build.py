@@ -66,13 +66,6 @@ def check_config(config: Mapping[str, Any], *, trust_remote_code: bool = False) 
     return ""
 
 
-def setting(config: Mapping[str, Any], key: str, *, trust_remote_code: bool = False) -> Any:
-    """A value of config.json, or the default of the configuration class of transformers."""
-    if config.get(key) is not None:
-        return config[key]
-    return getattr(_settings(config, trust_remote_code and "auto_map" in config), key)
-
-
 def _settings(config: Mapping[str, Any], remote: bool) -> Any:
     """The configuration object; without a key-value cache and without the quantiser that config.json may name."""
     from transformers import AutoConfig
@@ -150,6 +143,11 @@ def _move(parent: nn.Module, old: str, new: str) -> None:
     child = parent._modules.pop(old)
     parent.add_module(new, child)
     object.__setattr__(parent, old, child)
+
+
+def keep_probabilities(model: Any) -> None:
+    """Make attention compute its probabilities one step after another and return them, as fused kernels do not."""
+    model.config._attn_implementation = "eager"
 
 
 def find(model: nn.Module, name: str) -> nn.Module:

@@ -13,6 +13,7 @@ What reaches every input of a linear at once (through a norm, say) couples nothi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import PlanError
-from penjing.models.build import build_model, fill, find, release
+from penjing.models.build import build_model, fill, find, keep_probabilities, release
 from penjing.models.experts import Expert, Experts
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.models.reach import EVERYTHING, Reach, components
@@ -56,10 +57,15 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Couplings:
-    """All units of one block, and the linears whose inputs could not be taken apart, with the reason."""
+    """All units of one block.
+
+    unresolved  linears whose inputs could not be taken apart, with the reason
+    writers     linears whose outputs are added to the residual stream as they are; experts are not among them
+    """
 
     found: tuple[Coupling, ...]
     unresolved: Mapping[str, str]
+    writers: frozenset[str] = frozenset()
 
     def of(self, kind: str) -> list[Coupling]:
         """The couplings of a kind, in the order of the forward pass."""
@@ -75,10 +81,22 @@ def find_couplings(
 ) -> tuple[Couplings, ...]:
     """The units of every block of a model. Blocks with the same modules are looked at once.
 
-    Raises PlanError when a block cannot be run by itself.
+    The answer is kept: a plan and the work itself both ask, and wide blocks take a while. Raises PlanError when a block
+    cannot be run by itself.
     """
+    key = json.dumps(dict(config), sort_keys=True, default=str)
+    if key not in _KNOWN:
+        _KNOWN[key] = _find(config, layout, trust_remote_code)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, tuple[Couplings, ...]] = {}
+"""Config as JSON -> what was found."""
+
+
+def _find(config: Mapping[str, Any], layout: Layout, trust_remote_code: bool) -> tuple[Couplings, ...]:
     model = build_model(dict(config), layout, trust_remote_code=trust_remote_code)
-    model.config._attn_implementation = "eager"  # faster kernels pass over NaN in queries and keys
+    keep_probabilities(model)  # faster kernels pass over NaN in queries and keys
     known: dict[Any, Couplings] = {}
     result = []
     for index in range(layout.blocks):
@@ -115,7 +133,8 @@ class _BlockProbe:
                 part = self._solve(inside, partial(self._run_expert, expert))
                 parts += [_renamed(part, path, other) for other in experts]
         found = tuple(coupling for part in parts for coupling in part.found)
-        return Couplings(found, {name: reason for part in parts for name, reason in part.unresolved.items()})
+        unresolved = {name: reason for part in parts for name, reason in part.unresolved.items()}
+        return Couplings(found, unresolved, parts[0].writers)
 
     def _solve(self, names: Sequence[str], run: Callable[[int], Tensor | None]) -> Couplings:
         reach = {name: Reach() for name in names}
@@ -128,7 +147,7 @@ class _BlockProbe:
                     if consumer in reach:
                         reach[consumer].add(producer, first, mask)
                 if output is not None:
-                    reach[producer].leaves |= bool(output.isnan().any())
+                    reach[producer].leave(first, output.reshape(count, -1, output.shape[-1]).isnan().any(1))
         found, unresolved = [], {}
         for consumer, given in reach.items():
             try:
@@ -138,7 +157,7 @@ class _BlockProbe:
                 continue
             if coupling is not None:
                 found.append(coupling)
-        return Couplings(tuple(found), unresolved)
+        return Couplings(tuple(found), unresolved, frozenset(name for name in names if reach[name].adds))
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator)

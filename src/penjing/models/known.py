@@ -41,6 +41,7 @@ def known_layout(config: Facts) -> Layout:
         never=_never(family, modules, path),
         residual=tuple(residual[kind] for kind in kinds),
         heads=_heads(family["heads"], values),
+        scaled=family.get("scaled_embedding", False),
     )
 
 

@@ -107,6 +107,7 @@ class Layout:
     never        names of modules that must not be compressed (routers, for instance), with the reason
     residual     how each block reads and writes the residual stream; empty when it is not known
     heads        where the attention values are; None when it is not known
+    scaled       embeddings are multiplied by the square root of their width (Gemma)
     """
 
     model_type: str
@@ -119,6 +120,7 @@ class Layout:
     never: Mapping[str, str] | None = None
     residual: tuple[Residual, ...] = ()
     heads: ValueHeads | None = None
+    scaled: bool = False
 
     @property
     def blocks(self) -> int:

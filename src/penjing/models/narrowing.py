@@ -17,7 +17,7 @@ from torch import Tensor
 
 from penjing.errors import CheckpointError, PlanError
 from penjing.models import layout_of
-from penjing.models.build import check_config, setting
+from penjing.models.build import check_config, complete_config
 from penjing.models.couplings import Coupling, Couplings, UnitKind
 from penjing.models.layout import Layout, ModuleSpec
 
@@ -81,13 +81,13 @@ def narrow_stream(
     changes: dict[str, Any] = {key: hidden for key in HIDDEN if config.get(key) == full}
     changes["head_dim"] = layout.heads.size
     narrow = layout_of({**config, **changes})
-    if narrow.heads is None or narrow.heads.size != layout.heads.size:
+    other = layout_of({**config, **changes, **{key: 2 * full for key in HIDDEN if key in changes}})
+    if other.heads is None or other.heads.size != layout.heads.size:
         raise PlanError(
             f"the residual stream of {layout.model_type} cannot be narrowed: its heads are a fixed fraction of it, and "
             "its LayerNorm subtracts the mean over all channels; remove neurons or blocks"
         )
-    eps = setting(config, "rms_norm_eps", trust_remote_code=trust_remote_code)
-    changes["rms_norm_eps"] = eps * full / hidden
+    changes["rms_norm_eps"] = complete_config(config)["rms_norm_eps"] * full / hidden
     return _accept(config, changes, shapes(narrow), trust_remote_code)
 
 
@@ -171,9 +171,7 @@ def _heads(config: Mapping[str, Any], couplings: Sequence[Couplings], units: int
     return changes
 
 
-def _accept(
-    config: Mapping[str, Any], changes: Mapping[str, Any], wanted: Shapes, trust_remote_code: bool
-) -> Narrowed:
+def _accept(config: Mapping[str, Any], changes: Mapping[str, Any], wanted: Shapes, trust_remote_code: bool) -> Narrowed:
     """The first way to write the model down whose tensors have the `wanted` shapes and which transformers takes."""
     reasons = []
     for candidate, note in _spellings({**config, **changes}):

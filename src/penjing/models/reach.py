@@ -17,11 +17,22 @@ class Reach:
 
     pairs   producer -> (output, input) pairs, int64 (E, 2), or EVERYTHING
     leaves  whether the linear's own outputs reach the output of the block
+    adds    whether each of them reaches one channel of it alone, its own: it is added to the residual stream
     """
 
     def __init__(self) -> None:
         self.pairs: dict[str, Tensor | str] = {}
         self.leaves = False
+        self.adds = True
+
+    def leave(self, first: int, mask: Tensor) -> None:
+        """Note that the linear's output `first + i` reaches the block's outputs that `mask` (P, D) marks in row i."""
+        self.leaves |= bool(mask.any())
+        own = torch.arange(first, first + len(mask))
+        expected = torch.zeros_like(mask)
+        if int(own[-1]) < mask.shape[1]:
+            expected[torch.arange(len(mask)), own] = True
+        self.adds &= bool(mask.equal(expected) and mask.any())
 
     def add(self, producer: str, first: int, mask: Tensor) -> None:
         """Note that output `first + i` of the producer reaches the inputs that `mask` (P, K) marks in row i."""

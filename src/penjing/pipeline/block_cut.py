@@ -69,7 +69,9 @@ class BlockCut:
         self._changed: dict[str, dict[str, Tensor]] = {}
         self._sides: list[tuple[str, Tensor | None, Tensor | None]] = []
 
-    def remove(self, block: nn.Module, forwards: Forwards, couplings: Sequence[Coupling], counts: Sequence[int]) -> None:
+    def remove(
+        self, block: nn.Module, forwards: Forwards, couplings: Sequence[Coupling], counts: Sequence[int]
+    ) -> None:
         """Keep `counts` units of each of `couplings`, judged in the block as it is by now."""
         consumers = [coupling.consumer for coupling in couplings]
         looks = self._refits or self._biased or self._score.looks_at == "inputs"
@@ -134,9 +136,7 @@ def _with_inputs(units: Units, coupling: Coupling, seen: Statistics | None) -> U
         return units
     order = coupling.columns.flatten()
     gram = seen[Gram]
-    return replace(
-        units, gram=gram.value[order][:, order], mean=seen[Mean].value[order], tokens=max(gram.tokens, 1)
-    )
+    return replace(units, gram=gram.value[order][:, order], mean=seen[Mean].value[order], tokens=max(gram.tokens, 1))
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def observe(
     block: nn.Module, forwards: Iterable[Callable[[], object]], linears: Sequence[str]
 ) -> dict[str, Statistics]:
     """Gram matrix and mean of the inputs of linears. One that no token reached is left out."""
-    with Observer(block, find, {name: (Gram, Mean) for name in linears}) as observer:
+    with Observer(block, find, dict.fromkeys(linears, (Gram, Mean))) as observer:
         for forward in forwards:
             observer.start_forward()
             with suppress(EnoughSeen):
@@ -153,9 +153,7 @@ def observe(
 
 
 @torch.no_grad()
-def entropies(
-    block: nn.Module, forwards: Iterable[Callable[[], object]], linears: Sequence[str]
-) -> dict[str, Tensor]:
+def entropies(block: nn.Module, forwards: Iterable[Callable[[], object]], linears: Sequence[str]) -> dict[str, Tensor]:
     """Mean entropy of the attention whose outputs each linear reads: fp64 (query heads,)."""
     sums: dict[str, list[Tensor]] = {name: [] for name in linears}
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from penjing.methods.pruning.cut import UnitCut, kinds_of
 from penjing.models import layout_of
+from penjing.models.build import keep_probabilities
 from penjing.models.couplings import Coupling, find_couplings
 from penjing.models.narrowing import shapes
 from penjing.pipeline.block_cut import BlockCut, BlockWeights
 from penjing.pipeline.dense_writer import DenseWriter
-from penjing.pipeline.stages import RemakeTask
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.unit_gradients import gradient_scores
 from penjing.pipeline.weights import Weights
 from penjing.planning import storage_dtype
+
+if TYPE_CHECKING:
+    from penjing.pipeline.stages import RemakeTask
 
 
 def cut_units(task: RemakeTask) -> Mapping[str, Any]:
@@ -56,18 +59,19 @@ class UnitCutter:
         """Cut block after block."""
         task, blocks = self.task, self.task.layout.blocks
         if self._score.looks_at == "attention":
-            self.dense.model.config._attn_implementation = "eager"  # faster kernels keep no probabilities
+            keep_probabilities(self.dense.model)
         given: Sequence[Mapping[str, Tensor]] = [{}] * blocks
         if self._score.looks_at == "gradients":
             chosen = [list(zip(self._chosen(index), self._counts(index), strict=True)) for index in range(blocks)]
             weights = [self._weights(index) for index in range(blocks)]
             given = gradient_scores(self.dense, task.tokens, chosen, weights, self._score, task.progress)
         self._writer.write(0, self._outside)
-        self.dense.embed(task.tokens[:1], task.dtype)
-        states = self.cut.embed(task.tokens, task.dtype)
+        states = self.dense.embed(task.tokens, task.dtype)
         for index in range(blocks):
             task.progress("remove units", index, blocks, task.layout.block_name(index))
             self._writer.write(index + 1, partial(self._block, index, states, given[index]))
+            if index == 0:
+                self.cut.embed(task.tokens[:1], task.dtype)  # how it calls its blocks; it needs the first for that
             with self.cut.block(index, task.dtype) as block:
                 self.cut.advance(block, index, states)
         task.progress("remove units", blocks, blocks, "")

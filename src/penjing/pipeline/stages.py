@@ -22,10 +22,16 @@ from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_i
 from penjing.checkpoint.directory import INDEX
 from penjing.formats.base import Finished, OneFile, WithGraph
 from penjing.methods.base import Remake
+from penjing.methods.pruning.channels import StreamCut
+from penjing.methods.pruning.cut import UnitCut
+from penjing.methods.pruning.layer_cut import LayerCut
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
 from penjing.models import Layout, layout_of
+from penjing.pipeline.channel_cut import cut_channels
+from penjing.pipeline.cutting import cut_units
 from penjing.pipeline.journal import FOLDER, Journal
+from penjing.pipeline.layer_cut import cut_layers
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
@@ -72,7 +78,12 @@ class RemakeTask:
 Maker = Callable[[RemakeTask], Mapping[str, Any]]
 """Writes a dense Hugging Face directory and returns what the report should say of it, as JSON."""
 
-MAKERS: dict[type[Remake], Maker] = {Trained: make_trained}
+MAKERS: dict[type[Remake], Maker] = {
+    Trained: make_trained,
+    UnitCut: cut_units,
+    StreamCut: cut_channels,
+    LayerCut: cut_layers,
+}
 """Who does the work of each kind of `Remake`."""
 
 _DONE = "stage.json"

@@ -86,7 +86,7 @@ class _BlockBack:
         return weight.detach().requires_grad_()
 
     def run(self, inputs: Tensor, flowing: Tensor) -> None:
-        """Take in all windows: inputs (S, T, D) and the loss's gradient by the outputs, which becomes that by inputs."""
+        """Take in all windows: inputs (S, T, D), and the gradient by the outputs, which becomes that by the inputs."""
         for window, gradient in zip(inputs.split(1), flowing.split(1), strict=True):
             leaf = window.detach().requires_grad_()
             output = self._stream.run_with(self._block, self._index, leaf, self._leaves)

@@ -116,21 +116,26 @@ class Change:
 
 def rewrite(layout: Layout, options: RotationOptions) -> Rewriting:
     """Which tensors of a model change, and how. Raises PlanError for a model whose function a rotation would change."""
-    changes: dict[str, Change] = {}
-    ones: list[ModuleSpec] = []
-    notes: list[str] = []
+    stream = values = None
     if options.residual:
-        _require_free_stream(layout)
+        require_free_stream(layout, "set `residual: false` to rotate the value heads alone")
         stream = random_hadamard(layout.embedding.shape[1], options.seed)
-        ones = _turn_stream(layout, Turn(stream), changes)
-        notes.append(stream.note and f"residual stream: {stream.note}")
     if options.heads:
         if layout.heads is None:
             raise PlanError(f"rotation: where {layout.model_type} has its attention values is not known")
         values = random_hadamard(layout.heads.size, options.seed + 1)
+    named = (("residual stream", stream), ("value heads", values))
+    notes = tuple(f"{name}: {rotation.note}" for name, rotation in named if rotation and rotation.note)
+    return replace(turned(layout, stream, values), notes=notes)
+
+
+def turned(layout: Layout, stream: Rotation | None, values: Rotation | None) -> Rewriting:
+    """The model whose residual stream, and whose values in every head, are turned; None for one that stays."""
+    changes: dict[str, Change] = {}
+    ones = [] if stream is None else _turn_stream(layout, Turn(stream), changes)
+    if values is not None and layout.heads is not None:
         _turn_heads(layout, layout.heads, values, changes)
-        notes.append(values.note and f"value heads: {values.note}")
-    rewritten = _untied(layout) if options.residual else layout
+    rewritten = layout if stream is None else _untied(layout)
     tensors: dict[str, Callable[[Load], Tensor]] = {}
     for norm in ones:
         tensors[f"{norm.name}.weight"] = partial(_ones, norm, layout.norm_offset)
@@ -140,15 +145,15 @@ def rewrite(layout: Layout, options: RotationOptions) -> Rewriting:
         if "bias" in module.tensors and change.rows:
             tensors[f"{name}.bias"] = change.bias
     config = {"tie_word_embeddings": False} if layout.tied and not rewritten.tied else {}
-    return Rewriting(rewritten, tensors, config, tuple(filter(None, notes)))
+    return Rewriting(rewritten, tensors, config)
 
 
-def _require_free_stream(layout: Layout) -> None:
-    advice = "set `residual: false` to rotate the value heads alone"
+def require_free_stream(layout: Layout, advice: str) -> None:
+    """Raise PlanError, ending with `advice`, if a rotation of the residual stream would change the function."""
     if not layout.residual:
         raise PlanError(f"rotation: what reads and writes the residual stream of {layout.model_type} is not known")
     if reason := layout.residual[0].fixed:
-        raise PlanError(f"rotation: the residual stream of {layout.model_type} cannot be rotated: {reason}; {advice}")
+        raise PlanError(f"the residual stream of {layout.model_type} cannot be rotated: {reason}; {advice}")
 
 
 def _turn_stream(layout: Layout, turn: Turn, changes: dict[str, Change]) -> list[ModuleSpec]:
