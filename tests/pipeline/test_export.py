@@ -21,7 +21,8 @@ W4 = {"method": "rtn", "bits": 4, "group_size": 32}
 def compressed(tiny_model: BuildTiny, tmp_path: Path) -> Callable[..., Path]:
     def make(step: dict[str, Any], family: str = "llama", format: str = "native") -> Path:
         output = tmp_path / f"{family}-{format}"
-        penjing.compress(tiny_model(family), {"steps": [step], "format": format}, output, evaluated=False)
+        recipe = {"steps": [step], "format": format, "calibration": {"samples": 2, "length": 32}}
+        penjing.compress(tiny_model(family), recipe, output, evaluated=False)
         return output
 
     return make
@@ -35,7 +36,7 @@ def shards(directory: Path) -> dict[str, bytes]:
     "step",
     [
         W4,
-        {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8, "scale": "static"}},
+        {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8, "dynamic": False}},
     ],
     ids=["W4", "W8A8 static"],
 )
@@ -67,6 +68,14 @@ def test_the_result_verifies_and_is_whole(compressed: Callable[..., Path], tmp_p
 def test_a_dense_model_becomes_another_dense_model(tiny_model: BuildTiny, tmp_path: Path) -> None:
     done = penjing.export(tiny_model("gemma2"), "native", tmp_path / "out")
     assert done.difference == 0
+
+
+def test_one_file_for_llamacpp(compressed: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    native = compressed({"method": "rtn", "type": "q8_0"})
+    done = penjing.export(native, "gguf", tmp_path / "out")
+    assert [path.suffix for path in (tmp_path / "out").iterdir() if path.is_file()] == [".gguf"]
+    assert done.difference < 1e-4
 
 
 def test_what_does_not_fit_is_refused_with_what_does(compressed: Callable[..., Path], tmp_path: Path) -> None:

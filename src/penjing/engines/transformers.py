@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from penjing.checkpoint import open_checkpoint, write_bytes, write_shard
 from penjing.checkpoint.directory import SINGLE
 from penjing.engines.base import LoadedModel, LoadRequest, SteppingModel
+from penjing.engines.onnxruntime import holds_graph_weights
 from penjing.errors import EngineError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Transformers:
         """A directory of another engine's files."""
         if path.is_dir() and not any(path.glob("*.safetensors")):
             return f"transformers loads safetensors; {path} has none"
+        if path.is_dir() and holds_graph_weights(path):
+            return f"the weights of {path} are laid out for ONNX Runtime; use --engine onnxruntime"
         return None
 
     def load(self, request: LoadRequest) -> LoadedModel:

@@ -21,7 +21,7 @@ from penjing.checkpoint.directory import INDEX
 from penjing.errors import PlanError, VerificationError
 from penjing.evaluation.size import weight_bytes
 from penjing.formats import FORMATS, Format
-from penjing.formats.base import WithGraph, input_tensors, read_input_scale
+from penjing.formats.base import Finished, OneFile, input_tensors, read_input_scale
 from penjing.memory import PeakMemory, give_back
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.models.layout import ModuleSpec
@@ -30,7 +30,7 @@ from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import positions
 from penjing.pipeline.verification import TOLERANCE, fits_in_memory, save_probe, verify
 from penjing.pipeline.walk import PROBE_TOKENS
-from penjing.pipeline.weights import Weights, modules_outside_blocks
+from penjing.pipeline.weights import ShardReader, Weights, modules_outside_blocks
 from penjing.recipe import did_you_mean
 from penjing.representations import Scheme
 from penjing.rules import describe
@@ -79,6 +79,10 @@ class _Job:
     schemes: Mapping[ModuleSpec, Scheme]
     dtype: torch.dtype
 
+    def dtype_of(self, shape: tuple[int, ...]) -> torch.dtype:
+        """The dtype in which a plain tensor is written."""
+        return self.target.vector_dtype if isinstance(self.target, OneFile) and len(shape) == 1 else self.dtype
+
     @property
     def written(self) -> dict[ModuleSpec, Scheme]:
         """Schemes in the result: plain tensors have none."""
@@ -93,8 +97,8 @@ def export(
     require_usable(output)
     with PeakMemory() as memory:
         shards = _write(job, output, progress)
-        beside = _complete(job, output, shards)
-        difference = _compare(job, output, [*shards, *beside], trust_remote_code)
+        written = _complete(job, output, shards)
+        difference = _compare(job, output, written, trust_remote_code)
     progress("verify", 0, 1, "")
     verified = verify(output, engine=fits_in_memory(job.layout.parameters), trust_remote_code=trust_remote_code)
     progress("verify", 1, 1, verified.how)
@@ -123,27 +127,31 @@ def _prepare(model: str | Path, to: str, trust_remote_code: bool) -> _Job:
     schemes = {
         module: source.schemes.get(module.name, Scheme()) for module in layout.modules if "weight" in module.tensors
     }
-    target = FORMATS[to]
-    refused = target.refusals(layout, checkpoint.config) if isinstance(target, WithGraph) else []
-    if problems := refused or _problems(target, schemes):
-        others = [name for name, other in FORMATS.items() if not _problems(other, schemes)]
+    if problems := _problems(FORMATS[to], schemes, layout, checkpoint):
+        others = [name for name, other in FORMATS.items() if not _problems(other, schemes, layout, checkpoint)]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise PlanError(
             f"format {to} cannot hold {checkpoint.label}: {'; '.join(problems[:3])}{more}. "
             f"Formats that can: {', '.join(others) or 'none'}"
         )
     dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"))
-    return _Job(checkpoint, layout, source, target, schemes, dtype)
+    return _Job(checkpoint, layout, source, FORMATS[to], schemes, dtype)
 
 
-def _problems(target: Format, schemes: Mapping[ModuleSpec, Scheme]) -> list[str]:
+def _problems(
+    target: Format, schemes: Mapping[ModuleSpec, Scheme], layout: Layout, checkpoint: Checkpoint
+) -> list[str]:
+    """Why a format cannot hold these matrices, or the model whatever they are."""
     found = [
         f"{problem} (it is {describe(scheme)})"
         for module, scheme in schemes.items()
         if not scheme.dense
         for problem in target.problems(module, scheme)
     ]
-    return found or target.conflicts(schemes)
+    found = found or target.conflicts(schemes)
+    if isinstance(target, OneFile) and not found:
+        found = target.refusals(layout, checkpoint.config) or target.companion_problems(checkpoint)
+    return found
 
 
 def _parts(layout: Layout) -> Iterator[tuple[str, Sequence[ModuleSpec]]]:
@@ -178,17 +186,17 @@ def _repack(job: _Job, module: ModuleSpec) -> dict[str, Tensor]:
     """Tensors of one module in the target's form. Raises VerificationError if they stand for something else."""
     load = job.checkpoint.load
     names = dict(zip(module.tensors, module.tensor_names(), strict=True))
-    packed = {name: load(name).to(job.dtype) for key, name in names.items() if key != "weight"}
+    packed = {name: load(name).to(job.dtype_of(module.tensors[key])) for key, name in names.items() if key != "weight"}
     if "weight" not in names:
         return packed
-    scheme = job.schemes[module]
+    scheme, dtype = job.schemes[module], job.dtype_of(module.tensors["weight"])
     read, write = ((FORMATS["dense"] if scheme.dense else each) for each in (job.source.format, job.target))
     weight = read.unpack(module, scheme, load)
-    packed |= write.pack(module, scheme, weight, job.dtype)
+    packed |= write.pack(module, scheme, weight, dtype)
     if job.target.name != "dense":
         again = write.unpack(module, scheme, packed.__getitem__).dense()
         meant = weight.dense()
-        if not torch.equal(again, meant.to(job.dtype).to(again.dtype) if scheme.dense else meant):
+        if not torch.equal(again, meant.to(dtype).to(again.dtype) if scheme.dense else meant):
             raise VerificationError(f"format {job.target.name}: {module.name} does not unpack to what was packed")
     if scheme.activations is not None and (static := read_input_scale(module, scheme, load)) is not None:
         packed |= input_tensors(module, static)
@@ -196,21 +204,27 @@ def _repack(job: _Job, module: ModuleSpec) -> dict[str, Tensor]:
 
 
 def _complete(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Index, config.json and the files that are no weights; names of those that the model does not run without."""
-    write_index(
-        output, {name: list(tensors) for name, tensors in shards.items()}, sum(sum(t.values()) for t in shards.values())
-    )
+    """What belongs to the shards, or the one file made of them; names of the files that hold the model."""
     config = {key: value for key, value in job.checkpoint.config.items() if key not in _NOT_WRITTEN}
     config |= {"dtype": str(job.dtype).removeprefix("torch.")} | job.target.config(job.written, job.dtype)
+    names = {shard: list(tensors) for shard, tensors in shards.items()}
+    if isinstance(job.target, OneFile):
+        schemes = {module.name: scheme for module, scheme in job.written.items()}
+        load = ShardReader(output, names)
+        finished = Finished(output, job.layout, schemes, config, job.dtype, job.checkpoint, load)
+        file = job.target.assemble(finished)
+        for shard in shards:
+            (output / shard).unlink()
+        return [file.name]
+    write_index(output, names, sum(size for tensors in shards.values() for size in tensors.values()))
     write_bytes(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name, content in job.checkpoint.files():
         if name not in ("report.json", "recipe.yaml"):
             write_bytes(output / name, content)
-    graph = job.target.write_beside(output, job.layout, config) if isinstance(job.target, WithGraph) else []
-    return [INDEX, "config.json", *graph]
+    return [*shards, INDEX, "config.json"]
 
 
-def _compare(job: _Job, output: Path, files: Sequence[str], trust_remote_code: bool) -> float:
+def _compare(job: _Job, output: Path, written: Sequence[str], trust_remote_code: bool) -> float:
     """Logits of source and result on the same tokens; those of the result are kept for `verify`."""
     length = min(PROBE_TOKENS, positions(job.checkpoint.config) or PROBE_TOKENS)
     tokens = torch.randint(job.layout.embedding.shape[0], (1, length), generator=torch.Generator().manual_seed(0))
@@ -222,7 +236,7 @@ def _compare(job: _Job, output: Path, files: Sequence[str], trust_remote_code: b
             f"{output}: its logits differ from those of {job.checkpoint.label} by {difference:.2e} of the largest "
             f"(limit {_tolerance(job):.0e})"
         )
-    save_probe(output, tokens, found, files)
+    save_probe(output, tokens, found, written)
     return difference
 
 
