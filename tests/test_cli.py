@@ -9,6 +9,8 @@ import pytest
 
 import penjing
 from penjing import api, cli
+from penjing.cli.command import VERBS
+from penjing.engines import ENGINES
 from penjing.errors import CheckpointError, QualityError, VerificationError
 from penjing.formats import FORMATS
 from penjing.methods import METHODS
@@ -31,9 +33,7 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"penjing {penjing.__version__}\n", "")
 
 
-@pytest.mark.parametrize(
-    "verb", ["inspect", "list", "plan", "allocate", "distribute", "compress", "eval", "compare", "verify"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(run: Run, verb: str) -> None:
     assert verb in run("--help")[1]
     code, out, err = run(verb, "--help")
@@ -48,6 +48,7 @@ def test_help_of_every_verb(run: Run, verb: str) -> None:
         ("recipes", "name", builtin_recipes()),
         ("formats", "name", FORMATS),
         ("architectures", "model_type", FAMILIES),
+        ("engines", "name", ENGINES),
     ],
 )
 def test_lists(run: Run, what: str, key: str, names: dict[str, object]) -> None:
@@ -183,3 +184,56 @@ def test_progress_goes_to_stderr(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_
     assert json.loads(out) == {"fine": True}
     assert "verify" in err
     assert "model.layers.1" in err
+
+
+@pytest.mark.parametrize("verb", ["bench", "chat", "serve", "export"])
+def test_verbs_of_engines_on_a_missing_model(run: Run, verb: str, tmp_path: Path) -> None:
+    given = ("--to", "dense", "-o", tmp_path / "out") if verb == "export" else ()
+    code, out, err = run(verb, tmp_path / "nothing", *given)
+    assert (code, out) == (2, "")
+    assert "no such file or directory" in err
+
+
+@pytest.mark.parametrize("verb", ["bench", "chat", "verify"])
+def test_an_engine_that_is_not_there(run: Run, verb: str, tiny_model: Callable[..., Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr(type(ENGINES["vllm"]), "version", lambda self: None)
+    code, out, err = run(verb, tiny_model("llama"), "--engine", "vllm")
+    assert (code, out) == (2, "")
+    assert "pip install vllm" in err
+    code, out, err = run(verb, tiny_model("llama"), "--engine", "lamacpp")
+    assert (code, out) == (2, "")
+    assert "did you mean 'llamacpp'" in err
+
+
+def test_bench_wants_numbers(run: Run) -> None:
+    assert run("bench", "demo", "--batch", "1,x")[0] == 2
+    assert run("bench", "demo", "--length", "0")[0] == 2
+
+
+def test_a_damaged_gguf_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    code, out, err = run("bench", tmp_path / "model.gguf", "--engine", "transformers")
+    assert (code, out) == (2, "")
+    assert "model.gguf" in err
+    assert "bug in Penjing" not in err
+
+
+def test_bench_and_verification_tables(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    from penjing.engines.bench import Bench, Load, Row, Speed, Spread
+    from penjing.pipeline.engine_check import Difference, EngineCheck
+
+    spread = Spread(120.0, 110.0, 130.0)
+    row = Row("m", "llamacpp", "1", "auto", 10**6, 0.5, 10**7, 10**6, 5 * 10**5, 200.0, (Speed(1, 8, spread, spread),))
+    monkeypatch.setattr(api, "bench", lambda *_, **__: Bench(1, 1e8, Load(), (row,), ("m in vllm: no",)))
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = run("bench", "m")
+    assert code == 0, err
+    assert "120 (110 to 130)" in out
+    assert "60%" in out
+    assert "left out: m in vllm: no" in out
+    found = EngineCheck("m", "e", "1", "m", 9, 0.001, 0.9, 0.01, (Difference(0, 3, 5, 7, (0.4, 0.3)),), 0.02)
+    monkeypatch.setattr(api, "verify", lambda *_, **__: found)
+    code, out, err = run("verify", "m", "--engine", "e")
+    assert code == 0, err
+    assert "0.4000 and 0.3000" in out
+    assert json.loads(run("verify", "m", "--engine", "e", "--json")[1])["passed"]
