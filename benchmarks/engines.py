@@ -1,0 +1,77 @@
+"""What decodes fastest at batch 1: one model as different artefacts in different engines, measured in turn.
+
+    python benchmarks/engines.py --output benchmarks/results/engines.json
+    python benchmarks/engines.py --models demo build/demo-gguf build/demo-onnx ...
+
+Without `--models`: the demo model's own GGUF file (Q4_1) in llama.cpp, dense fp32 in transformers, Penjing's int8 and
+look-up linears in transformers. Ratios are to dense fp32 in transformers. A machine that does other work makes all of
+them slower together; the quartiles show how far it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import penjing
+from penjing.engines.bench import Bench, Load, Row
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "int8": {"steps": [{"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8}}], "format": "native"},
+    "lut 4 bits": {"steps": [{"method": "bcq", "bits": 4, "objective": "weights", "rounds": 0}], "format": "native"},
+}
+
+
+def main() -> None:
+    """Make the artefacts, time them, write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", type=Path, default=[])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        models = options.models or _artefacts(Path(folder))
+        load = Load(lengths=tuple(options.lengths), steps=options.steps, rounds=options.rounds)
+        engines = ("transformers:float32", "llamacpp", "onnxruntime")
+        result = penjing.bench(["demo", *models], engines, load=load, threads=options.threads)
+    text = json.dumps({"ratios": ratios(result), **result.as_dict()}, indent=1).replace(f"{folder}/", "")
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+def _artefacts(folder: Path) -> list[Path]:
+    for name, recipe in RECIPES.items():
+        penjing.compress("demo", recipe, folder / name, evaluated=False)
+    return [folder / name for name in RECIPES]
+
+
+def ratios(result: Bench) -> list[dict[str, Any]]:
+    """Per artefact and prompt length: times as fast as the dense model in transformers, and share of the limit."""
+    dense = next(row for row in result.rows if row.model == "demo" and row.engine == "transformers")
+    return [
+        {
+            "model": Path(row.model).name,
+            "engine": row.engine,
+            "length": mine.length,
+            "prefill": round(mine.prefill.median / base.prefill.median, 2),
+            "decode": round(mine.decode.median / base.decode.median, 2),
+            "of_the_limit": _share(row, mine.decode.median),
+        }
+        for row in result.rows
+        for mine, base in zip(row.speeds, dense.speeds, strict=True)
+    ]
+
+
+def _share(row: Row, tokens_per_second: float) -> float | None:
+    return None if row.ceiling is None else round(tokens_per_second / row.ceiling, 2)
+
+
+if __name__ == "__main__":
+    main()
