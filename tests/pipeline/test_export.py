@@ -78,6 +78,14 @@ def test_one_file_for_llamacpp(compressed: Callable[..., Path], tmp_path: Path) 
     assert done.difference < 1e-4
 
 
+def test_a_graph_for_onnxruntime(compressed: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    done = penjing.export(compressed(W4), "onnx", tmp_path / "out")
+    assert done.verified == "onnxruntime"
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
 def test_what_does_not_fit_is_refused_with_what_does(compressed: Callable[..., Path], tmp_path: Path) -> None:
     native = compressed(W4)
     with pytest.raises(PlanError, match=r"format bitsandbytes cannot hold .*Formats that can: .*native") as caught:

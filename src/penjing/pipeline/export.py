@@ -21,7 +21,7 @@ from penjing.checkpoint.directory import INDEX
 from penjing.errors import PlanError, VerificationError
 from penjing.evaluation.size import weight_bytes
 from penjing.formats import FORMATS, Format
-from penjing.formats.base import Finished, OneFile, input_tensors, read_input_scale
+from penjing.formats.base import Finished, OneFile, WithGraph, input_tensors, read_input_scale
 from penjing.memory import PeakMemory, give_back
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.models.layout import ModuleSpec
@@ -149,8 +149,10 @@ def _problems(
         for problem in target.problems(module, scheme)
     ]
     found = found or target.conflicts(schemes)
-    if isinstance(target, OneFile) and not found:
-        found = target.refusals(layout, checkpoint.config) or target.companion_problems(checkpoint)
+    if isinstance(target, OneFile | WithGraph):
+        found = found or target.refusals(layout, checkpoint.config)
+    if isinstance(target, OneFile):
+        found = found or target.companion_problems(checkpoint)
     return found
 
 
@@ -221,7 +223,8 @@ def _complete(job: _Job, output: Path, shards: Mapping[str, Mapping[str, int]]) 
     for name, content in job.checkpoint.files():
         if name not in ("report.json", "recipe.yaml"):
             write_bytes(output / name, content)
-    return [*shards, INDEX, "config.json"]
+    beside = job.target.write_beside(output, job.layout, config) if isinstance(job.target, WithGraph) else []
+    return [*shards, INDEX, "config.json", *beside]
 
 
 def _compare(job: _Job, output: Path, written: Sequence[str], trust_remote_code: bool) -> float:
