@@ -14,7 +14,7 @@ from penjing.representations import Scheme
 
 ACCURACY_LEVEL = 4
 """Of `MatMulNBits`: inputs are rounded to 8 bits, per token and block, and integers multiplied. Level 1 keeps inputs in
-fp32; there ONNX Runtime 1.31 decodes 8- and 2-bit weights anew for every token (benchmarks/onnx_blocks.py)."""
+fp32; there ONNX Runtime 1.31 decodes 8- and 2-bit weights anew for every token (benchmarks/LOG.md)."""
 
 
 class Linears:
