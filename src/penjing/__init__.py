@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         export,
         inspect,
         plan,
+        ranks,
         serve,
         verify,
     )
@@ -59,6 +60,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan",
+    "ranks",
     "serve",
     "verify",
 ]

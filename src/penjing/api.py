@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from penjing.budgets import Model, silent
 from penjing.budgets import allocate as allocate
 from penjing.budgets import distribute as distribute
+from penjing.budgets import ranks as ranks
 from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.errors import PlanError
 from penjing.formats import format_of

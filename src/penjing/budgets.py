@@ -12,6 +12,7 @@ from penjing.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from penjing.pipeline.allocation import Allocation
+    from penjing.pipeline.ranks import Ranks
     from penjing.pipeline.sensitivity import Sensitivity
     from penjing.pipeline.sparsities import Sparsities, SparsityRule
     from penjing.pipeline.walk import Progress
@@ -99,6 +100,41 @@ def distribute(
     return _written(sparsities.distribute(look, by=by, above=above, spread=spread), output)
 
 
+def ranks(
+    model: Model,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    ratio: float | None = None,
+    energy: float | None = None,
+    output: str | Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+) -> Ranks:
+    """Choose a rank for every linear of a recipe's low-rank step from the spectra of their outputs; a recipe comes out.
+
+    ratio   parameters of those linears, over what they were: the least summed loss that fits
+    energy  or else the share of every linear's squared output that is kept
+    output  a new file for the recipe, in YAML
+
+    Raises PlanError when nothing fits, OutputError when the file exists.
+    """
+    from penjing.models import check_tied_head
+    from penjing.pipeline.ranks import choose_ranks
+
+    checkpoint, layout = _opened(model, output, trust_remote_code)
+    check_tied_head(layout, checkpoint)
+    result = choose_ranks(
+        checkpoint,
+        layout,
+        load_recipe(recipe),
+        ratio=ratio,
+        energy=energy,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    return _written(result, output)
+
+
 def _opened(model: Model, output: str | Path | None, trust_remote_code: bool) -> tuple[Checkpoint, Layout]:
     """A model for which a recipe will be written; OutputError if there is one already."""
     if output is not None and Path(output).exists():
@@ -107,7 +143,7 @@ def _opened(model: Model, output: str | Path | None, trust_remote_code: bool) ->
     return checkpoint, layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
 
 
-def _written(result: Allocation | Sparsities, output: str | Path | None) -> Any:
+def _written(result: Allocation | Sparsities | Ranks, output: str | Path | None) -> Any:
     if output is not None:
         Path(output).write_text(result.recipe_text(), encoding="utf-8")
     return result

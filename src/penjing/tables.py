@@ -178,6 +178,22 @@ def sparsities(result: Mapping[str, Any]) -> Group:
     return Group(table, "", facts(totals))
 
 
+def ranks(result: Mapping[str, Any]) -> Group:
+    """Output of `Ranks.as_dict()`: a line per kind of linear with its lowest and highest rank."""
+    table = _table("linears", "lowest rank", "highest", "left dense")
+    found = {name: {"rank": rank} for name, rank in result["ranks"].items()}
+    for pattern, names in across_blocks(found).items():
+        given = [result["ranks"][name] for name in names]
+        low, high = (choose(filter(None, given), default="") for choose in (min, max))
+        table.add_row(pattern[max(pattern.find("*"), 0) :], str(low), str(high), str(given.count(None) or ""))
+    totals = {
+        "parameters kept": f"{result['parameters_kept'] / result['parameters']:.1%} of these linears",
+        "predicted size": readable_bytes(result["predicted_bytes"]),
+        "loss": f"{result['loss']:.4g}, shares of squared outputs, summed",
+    }
+    return Group(table, "", facts(totals))
+
+
 def evaluation(result: Mapping[str, Any]) -> Group:
     """Output of `Evaluation.as_dict()`."""
     return comparison([result])

@@ -45,6 +45,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "plan": compressing.plan,
     "allocate": compressing.allocate,
     "distribute": compressing.distribute,
+    "ranks": compressing.ranks,
     "compress": compressing.compress,
     "eval": measuring.evaluate,
     "compare": measuring.compare,

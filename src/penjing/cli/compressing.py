@@ -145,6 +145,37 @@ def distribute(
     show(result.as_dict(), tables.sparsities, as_json)
 
 
+def ranks(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="a new file for the recipe")],
+    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="parameters of the linears kept, of all")] = None,
+    energy: Annotated[float | None, typer.Option(min=0, max=1, help="share of each squared output kept")] = None,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    format: FormatOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Choose a rank for every linear from the spectra of their outputs; writes a recipe for `compress`."""
+    from penjing import api, tables
+
+    chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
+    with working() as progress:
+        result = api.ranks(
+            model,
+            chosen,
+            ratio=ratio,
+            energy=energy,
+            output=output,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    show(result.as_dict(), tables.ranks, as_json)
+
+
 def compress(
     model: ModelArgument,
     recipe: RecipeOption,
