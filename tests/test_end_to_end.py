@@ -200,6 +200,8 @@ ONLY_NATIVE: dict[str, Case] = {
     "deep compression": Case(
         (step("wanda", sparsity=0.7), step("kmeans", bits=5, group_size="tensor", huffman=True)), "native"
     ),
+    "aqlm": Case((step("aqlm", book_bits=4, dimension=4, rounds=1),), "native"),
+    "aqlm, experts": Case((step("aqlm", books=1, book_bits=5, dimension=5, rounds=1),), "native", "qwen3_moe"),
     "kmeans huffman, experts": Case((step("kmeans", huffman=True),), "native", "mixtral"),
     "xnor": Case((step("xnor", group_size=32, weighted=True),), "native"),
     "wanda, residual binary, gpt2": Case((step("wanda", sparsity=0.3), step("xnor", order=2)), "native", "gpt2"),

@@ -44,7 +44,7 @@ from penjing.methods.quantization import (
 )
 from penjing.methods.training import Trained
 from penjing.methods.typed_grid import SearchedGridOptions
-from penjing.methods.weight_sharing import kmeans
+from penjing.methods.weight_sharing import aqlm, kmeans
 from penjing.statistics import AbsMax, ColumnNorm, CosineChange, CrossGram, Gram, MeanAbs, TokenSample
 
 _TABLE = (
@@ -309,6 +309,15 @@ _TABLE = (
         linear=kmeans.linear,
         needs=kmeans.needs,
         row_wise=lambda options: options.group_size != "tensor",
+    ),
+    Method(
+        name="aqlm",
+        summary="a few consecutive weights as a sum of vectors from books, fitted to the output; for 2 bits and less",
+        paper="arXiv:2401.06118",
+        options=aqlm.AQLMOptions,
+        linear=aqlm.linear,
+        needs=lambda options: (Gram,),
+        row_wise=lambda options: False,
     ),
     Method(
         name="shortgpt",

@@ -18,6 +18,7 @@ from penjing.representations.patched import Columns, Outliers, Patched
 from penjing.representations.quantized import Coded, Quantized
 from penjing.representations.scheme import Scheme
 from penjing.representations.tensor_train import TensorTrain
+from penjing.representations.vector_coded import VectorCoded
 
 Representation = Dense | Masked | Coded | Patched | LowRank | Corrected | TensorTrain
 
@@ -38,4 +39,5 @@ __all__ = [
     "Representation",
     "Scheme",
     "TensorTrain",
+    "VectorCoded",
 ]

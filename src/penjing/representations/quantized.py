@@ -12,6 +12,7 @@ from penjing.numerics.scale_codes import ScaleCodes
 from penjing.representations.bilevel import Bilevel
 from penjing.representations.binary_coded import BinaryCoded
 from penjing.representations.codebook import Codebook
+from penjing.representations.vector_coded import VectorCoded
 
 
 @dataclass(frozen=True)
@@ -86,5 +87,5 @@ class Quantized:
         )
 
 
-Coded = Quantized | Bilevel | BinaryCoded | Codebook
+Coded = Quantized | Bilevel | BinaryCoded | Codebook | VectorCoded
 """Representations whose values lie on a grid."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from penjing.errors import FormatError
-from penjing.formats.native.codecs import bilevel, binary, codebook, integer, ternary
+from penjing.formats.native.codecs import bilevel, binary, codebook, integer, ternary, vectors
 from penjing.formats.native.codecs import float as floats
 from penjing.formats.native.codecs.base import Codec
 from penjing.numerics.grids import Grid
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
-    for codec in (ternary.CODEC, integer.CODEC, floats.CODEC, bilevel.CODEC, binary.CODEC, codebook.CODEC)
+    for codec in (
+        ternary.CODEC,
+        integer.CODEC,
+        floats.CODEC,
+        bilevel.CODEC,
+        binary.CODEC,
+        codebook.CODEC,
+        vectors.CODEC,
+    )
 }
 """By the name that stands in config.json. A ternary grid is an integer grid too, so it comes first."""
 
