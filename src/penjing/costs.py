@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from penjing import statistics
+from penjing.methods.training import TrainOptions
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.recipe import Recipe, Step
 
@@ -88,6 +89,27 @@ def _training(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[
         * (width * layout.blocks + 16 * max(module.shape[1] for module in layout.modules if module.kind == "linear")),
         "logits": 6 * 4 * 256 * layout.embedding.shape[0],
     }
+
+
+def model_training(options: TrainOptions, recipe: Recipe, layout: Layout) -> tuple[dict[str, int], float]:
+    """What training a whole model has in memory, in bytes, and its floating-point operations.
+
+    Both models lie in fp32. A teacher with blocks or units that the student lacks takes more than is said here.
+    """
+    trained = options.trained(layout)
+    windows = min(options.micro_batch, options.batch_size)
+    tokens = windows * (options.length or recipe.calibration.length)
+    linears = [module for module in layout.modules if module.kind == "linear"]
+    kept = 1 if options.gradient_checkpointing else layout.blocks
+    width, widest = layout.embedding.shape[1], max(module.shape[1] for module in linears)
+    memory = {
+        "student and teacher": 2 * 4 * layout.parameters,
+        "gradients and moments of what is trained": trained * (12 if options.optimizer == "adamw" else 6),
+        "activations": 4 * tokens * (kept * 16 * max(width, widest) + width * layout.blocks),
+        "logits and their gradients": 4 * 4 * tokens * layout.embedding.shape[0],
+    }
+    seen = options.steps * options.batch_size * (options.length or recipe.calibration.length)
+    return memory, 8.0 * seen * layout.parameters
 
 
 def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]]]) -> float:

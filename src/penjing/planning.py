@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from penjing.checkpoint.base import Checkpoint
-from penjing.costs import compares, operations, peak_memory
+from penjing.costs import compares, model_training, operations, peak_memory
 from penjing.errors import PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.formats.base import OneFile, WithGraph
 from penjing.methods.base import Rewriting
+from penjing.methods.training import TrainOptions
 from penjing.models import layout_of
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.models.shorter import shortened
@@ -160,6 +161,7 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
         plan = replace(walk, before=plan, warnings=(*(plan.warnings if plan else ()), *walk.warnings))
         if stage.remake is None:
             break
+        plan = _with_training(plan, stage.remake)
         config, given = _remade(plan, config, stage.remake)
         layout = layout_of(config, trust_remote_code=trust_remote_code)
     assert plan is not None  # a recipe's stages end with one that makes no other model
@@ -171,6 +173,15 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
 def _refuse(reasons: Sequence[str], label: str, name: str) -> None:
     if reasons:
         raise PlanError(f"format {name} cannot hold {label}: {'; '.join(reasons)}")
+
+
+def _with_training(plan: Plan, step: Step) -> Plan:
+    """The plan of a walk with what the training after it needs."""
+    if not isinstance(step.options, TrainOptions):
+        return plan
+    memory, work = model_training(step.options, plan.recipe, plan.layout)
+    larger = max(plan.memory, memory, key=lambda moment: sum(moment.values()))
+    return replace(plan, memory=larger, seconds=plan.seconds + work / matmul_rate(compute_dtype()))
 
 
 def _remade(plan: Plan, config: Mapping[str, Any], step: Step) -> tuple[Mapping[str, Any], Given]:

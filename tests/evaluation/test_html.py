@@ -127,3 +127,12 @@ def test_labels_of_equal_points_do_not_overlap():
     heights = [float(found) for found in re.findall(r'y="([\d.]+)"[^>]*class="label', picture)]
     assert len(heights) == 4
     assert min(abs(a - b) for a in heights for b in heights if a is not b) >= 16
+
+
+def test_a_training_is_drawn(report):
+    from dataclasses import replace
+
+    entry = {"step": {"method": "recover"}, "curve": {"steps": [1, 2, 3], "losses": [2.0, 1.0, 0.5]}}
+    page = html_page(replace(report, made=(entry, {"step": {"method": "cut"}})))
+    assert page.count('class="curve"') == 1 and "recover: loss, 2.0000 at first, 0.5000 at last" in page
+    assert "<h2>Training</h2>" not in html_page(report)

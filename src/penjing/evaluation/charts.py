@@ -18,6 +18,28 @@ class Cell:
     title: str
 
 
+def curve(steps: Sequence[int], values: Sequence[float], *, caption: str) -> str:
+    """Values by step as a line."""
+    left, right, top, bottom = 96, WIDTH - 28, 14, 194
+    low, high = min(values), max(values)
+    ticks = nice_ticks(low, high, 4)
+    floor, span = min(ticks[0], low), (max(ticks[-1], high) - min(ticks[0], low)) or 1.0
+    reach = max(steps[-1] - steps[0], 1)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        return left + (right - left) * (step - steps[0]) / reach, bottom - (bottom - top) * (value - floor) / span
+
+    parts = []
+    for tick in ticks:
+        y = at(steps[0], tick)[1]
+        parts += [_line(left, y, right, y), _text(left - 10, y + 4, f"{tick:g}", "end")]
+    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, steps, values))
+    parts.append(f'<polyline class="curve" points="{drawn}"/>')
+    parts += [_text(at(step, floor)[0], bottom + 16, str(step), "middle") for step in (steps[0], steps[-1])]
+    parts.append(_text((left + right) / 2, bottom + 36, "step", "middle"))
+    return _svg(bottom + 44, caption, parts)
+
+
 @dataclass(frozen=True)
 class Point:
     """A model in the size and quality picture: `x` bytes, `y` perplexity. `style`: "dense", "this" or "other"."""

@@ -32,6 +32,7 @@ def html_page(report: Report, others: Sequence[tuple[str, Report]] = ()) -> str:
         _remarks(report),
         _quality_picture(report, others),
         _error_pictures(report),
+        _curves(report),
         _tensors(report),
         _provenance(report),
     ]
@@ -161,6 +162,19 @@ def _kinds(rows: Sequence[ModuleRow]) -> str:
     words = {"output": "of its output on calibration text", "weight": "of its weight"}
     kinds = sorted({row.error_kind for row in rows if row.error is not None})
     return " or ".join(words.get(kind, kind) for kind in kinds)
+
+
+def _curves(report: Report) -> str:
+    """The loss of every training on the way."""
+    pictures = []
+    for entry in report.made:
+        drawn = entry.get("curve")
+        if drawn and drawn["losses"]:
+            caption = (
+                f"{entry['step']['method']}: loss, {drawn['losses'][0]:.4f} at first, {drawn['losses'][-1]:.4f} at last"
+            )
+            pictures.append(charts.curve(drawn["steps"], drawn["losses"], caption=caption))
+    return f"<h2>Training</h2>{''.join(pictures)}" if pictures else ""
 
 
 def _tensors(report: Report) -> str:
