@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import penjing
 from penjing.errors import ResumeError, TrainingError
 from penjing.methods.training import IGNORED, Loss, NextToken, Training, TrainOptions, next_token
 from penjing.training import Pair, Pairs, Windows, read_curve, train
@@ -186,3 +190,28 @@ def test_ignored_labels_teach_nothing():
     labels = torch.tensor([[1, IGNORED, 3, IGNORED]])
     expected = -logits[0, 1].log_softmax(-1)[3]
     assert next_token(logits, {"labels": labels}).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tiny_model, tmp_path):
+    """Micro-batches are shared out, and gradients are those of the mean over all of them."""
+    script = str(Path(__file__).with_name("two_devices.py"))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    found = []
+    for name, start in {"one": [sys.executable], "two": launch}.items():
+        command = [*start, script, str(tiny_model("llama")), str(tmp_path / name)]
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(penjing.__file__).parents[1])])
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == 0, done.stderr
+        found.append(read_curve(tmp_path / name / "train.jsonl").losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
