@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from penjing.cli import app
-from penjing.methods import METHODS
+from penjing.methods import FAMILIES
 from penjing.methods.base import ActivationOptions
 from penjing.methods.quantization.kivi import KVCache
 from penjing.recipe import Calibration, Evaluation, Recipe, Requirements, Step
@@ -45,8 +45,10 @@ def recipe_page() -> str:
         *_table(ActivationOptions),
     ]
     methods: list[str] = []
-    for method in METHODS.values():
-        methods += ["", f"### {method.name}", "", f"{method.summary} ({method.paper})", "", *_table(method.options)]
+    for family, table in FAMILIES.items():
+        methods += ["", f"## {family.capitalize()}"]
+        for method in table:
+            methods += ["", f"### {method.name}", "", f"{method.summary} ({method.paper})", "", *_table(method.options)]
     sections: list[str] = []
     parts = {"calibration": Calibration, "evaluation": Evaluation, "require": Requirements, "kv_cache": KVCache}
     for name, section in parts.items():

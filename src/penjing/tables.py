@@ -19,17 +19,13 @@ Rows = list[dict[str, Any]]
 
 
 def methods() -> Rows:
-    """Every method: name, what it does, its paper, and the recipe keys it takes."""
-    from penjing.methods import METHODS
+    """Every method: its family, its name, what it does, and its paper; their recipe keys are in the reference."""
+    from penjing.methods import FAMILIES
 
     return [
-        {
-            "name": method.name,
-            "summary": method.summary,
-            "paper": method.paper,
-            "keys": list(method.options.model_fields),
-        }
-        for method in METHODS.values()
+        {"family": family, "name": method.name, "summary": method.summary, "paper": method.paper}
+        for family, table in FAMILIES.items()
+        for method in table
     ]
 
 

@@ -277,7 +277,7 @@ class Selection:
     choose: Callable[[Tensor, Any], list[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Remake:
     """A method that makes another dense model. Each kind is a subclass; `pipeline/stages.py` says who does its work.
 

@@ -97,7 +97,7 @@ def _unchanged(config: Mapping[str, Any], layout: Layout, options: Any) -> Mappi
     return config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained(Remake):
     """The shape of a method that trains: the model it makes has other weights and, unless it says so, the same config.
 

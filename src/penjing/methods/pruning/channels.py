@@ -28,7 +28,7 @@ class ChannelOptions(SizeOptions):
     multiple: int = Field(8, ge=1, description="the hidden size becomes a multiple of it")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamCut(Remake):
     """A model with fewer channels in the residual stream."""
 

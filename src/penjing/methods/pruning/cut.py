@@ -130,7 +130,7 @@ class LLMPrunerOptions(UnitOptions):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UnitCut(Remake):
     """A model with fewer units in every block.
 

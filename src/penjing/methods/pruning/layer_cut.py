@@ -20,7 +20,7 @@ Losses = Callable[[Sequence[int]], Sequence[float]]
 """Loss of the model of some blocks without each of them in turn."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerCut(Remake):
     """A model with fewer blocks; one of the first two says which go.
 

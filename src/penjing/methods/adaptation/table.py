@@ -1,0 +1,25 @@
+"""Adaptation: what is trained after a compression."""
+
+from __future__ import annotations
+
+from penjing.methods.adaptation import peqa, recover
+from penjing.methods.base import Method
+from penjing.methods.training import Trained
+
+TABLE: tuple[Method, ...] = (
+    Method(
+        name="peqa",
+        summary="teach a quantised model the recipe's text by its scales alone; codes stay bit for bit",
+        paper="arXiv:2305.14152",
+        options=peqa.PEQAOptions,
+        tune=peqa.tune,
+        passes=lambda options, windows: 5 * options.iterations * min(options.batch_size, windows) / windows,
+    ),
+    Method(
+        name="recover",
+        summary="train a compressed model towards the dense model's logits, by LoRA or whole; zeros stay",
+        paper="arXiv:2407.14679",
+        options=recover.RecoverOptions,
+        remake=Trained(start=recover.train),
+    ),
+)

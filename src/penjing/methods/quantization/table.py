@@ -1,0 +1,142 @@
+"""Quantisation: fewer bits per weight, input or both."""
+
+from __future__ import annotations
+
+from penjing.methods.base import Method
+from penjing.methods.quantization import (
+    autoround,
+    awq,
+    bcq,
+    e2e_qp,
+    gptq,
+    hqq,
+    llm_int8,
+    llm_qat,
+    owq,
+    rotation,
+    rtn,
+    smoothquant,
+    spqr,
+    zeroquant,
+)
+from penjing.methods.training import Trained
+from penjing.methods.typed_grid import SearchedGridOptions
+from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram, MeanAbs, TokenSample
+
+TABLE: tuple[Method, ...] = (
+    Method(
+        name="rtn",
+        summary="round every weight to the nearest point of its grid; no calibration",
+        paper="baseline of arXiv:2210.17323",
+        options=SearchedGridOptions,
+        linear=rtn.linear,
+        needs=rtn.needs,
+        row_wise=lambda options: options.row_wise,
+    ),
+    Method(
+        name="gptq",
+        summary="round column by column, the remaining columns make up for the error",
+        paper="arXiv:2210.17323",
+        options=gptq.GPTQOptions,
+        linear=gptq.linear,
+        needs=lambda options: (Gram, CrossGram) if options.asymmetric else (Gram,),
+        row_wise=lambda options: options.row_wise,
+    ),
+    Method(
+        name="hqq",
+        summary="move zero points, any numbers, until most weights are close; without calibration unless weighted",
+        paper="Badri, Shaji 2023, https://mobiusml.github.io/hqq_blog",
+        options=hqq.HQQOptions,
+        linear=hqq.linear,
+        needs=lambda options: (ColumnNorm,) if options.weighted else (),
+    ),
+    Method(
+        name="awq",
+        summary="scale up the input channels that carry large activations, clip, round",
+        paper="arXiv:2306.00978",
+        options=awq.AWQOptions,
+        transform=awq.transform,
+        linear=awq.linear,
+        needs=lambda options: (MeanAbs, TokenSample) if options.clip else (MeanAbs,),
+        row_wise=lambda options: options.row_wise,
+    ),
+    Method(
+        name="owq",
+        summary="keep the few columns that hurt most dense and let them make up for the others, rounded as in gptq",
+        paper="arXiv:2306.02272",
+        options=owq.OWQOptions,
+        linear=owq.linear,
+        needs=lambda options: (Gram,),
+        row_wise=lambda options: False,
+    ),
+    Method(
+        name="spqr",
+        summary="very small groups with quantised scales, single outliers kept dense, rounded as in gptq",
+        paper="arXiv:2306.03078",
+        options=spqr.SpQROptions,
+        linear=spqr.linear,
+        needs=lambda options: (Gram,),
+        row_wise=lambda options: False,
+    ),
+    Method(
+        name="autoround",
+        summary="learn whether each weight rounds up or down, so that the block's output stays",
+        paper="arXiv:2309.05516",
+        options=autoround.AutoRoundOptions,
+        learn=autoround.learn,
+        passes=lambda options, windows: 3 * options.iterations * min(options.batch_size, windows) / windows,
+    ),
+    Method(
+        name="zeroquant",
+        summary="round group by group, then distil every block into its rounded self",
+        paper="arXiv:2206.01861",
+        options=zeroquant.ZeroQuantOptions,
+        learn=zeroquant.learn,
+        passes=lambda options, windows: 3 * options.iterations * min(options.batch_size, windows) / windows,
+    ),
+    Method(
+        name="e2e-qp",
+        summary="train the scales of a quantised model, and its norms, towards the dense model's logits",
+        paper="arXiv:2407.11062",
+        options=e2e_qp.E2EOptions,
+        tune=e2e_qp.tune,
+        passes=lambda options, windows: 2 + 5 * options.iterations * min(options.batch_size, windows) / windows,
+    ),
+    Method(
+        name="bcq",
+        summary="signed sums of a few scales per group, which multiply by table look-up (LUT-GEMM)",
+        paper="arXiv:2206.09557",
+        options=bcq.BCQOptions,
+        linear=bcq.linear,
+        needs=bcq.needs,
+    ),
+    Method(
+        name="smoothquant",
+        summary="move outliers of activations into the weights, so that both fit 8 bits; rounds nothing itself",
+        paper="arXiv:2211.10438",
+        options=smoothquant.SmoothQuantOptions,
+        transform=smoothquant.transform,
+        needs=lambda options: (AbsMax,),
+    ),
+    Method(
+        name="llm-int8",
+        summary="8-bit weights and inputs; input columns with outliers are multiplied as they are; no calibration",
+        paper="arXiv:2208.07339",
+        options=llm_int8.LLMInt8Options,
+        linear=llm_int8.linear,
+    ),
+    Method(
+        name="rotation",
+        summary="turn the residual stream and the value heads so that no channel sticks out; rounds nothing itself",
+        paper="arXiv:2404.00456",
+        options=rotation.RotationOptions,
+        rewrite=rotation.rewrite,
+    ),
+    Method(
+        name="llm-qat",
+        summary="train with rounded weights, inputs and cache on text the model wrote; `rtn` then rounds without loss",
+        paper="arXiv:2305.17888",
+        options=llm_qat.LLMQATOptions,
+        remake=Trained(start=llm_qat.train, config=llm_qat.config_of),
+    ),
+)
