@@ -196,22 +196,18 @@ def test_ignored_labels_teach_nothing():
 def test_two_processes_do_what_one_does(tiny_model, tmp_path):
     """Micro-batches are shared out, and gradients are those of the mean over all of them."""
     script = str(Path(__file__).with_name("two_devices.py"))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
     for name, start in {"one": [sys.executable], "two": launch}.items():
         command = [*start, script, str(tiny_model("llama")), str(tmp_path / name)]
         paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(penjing.__file__).parents[1])])
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"},
+        )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("[") == len(found) + 1, "every process tells its losses"
         found.append(read_curve(tmp_path / name / "train.jsonl").losses)
     assert found[1] == pytest.approx(found[0], rel=1e-5)
