@@ -8,20 +8,26 @@ import pytest
 import penjing
 
 EXPORTED = [
+    "ENGINES",
     "FORMATS",
     "METHODS",
     "KVCache",
     "PenjingError",
     "QuantizedCache",
     "Recipe",
+    "Talk",
     "allocate",
+    "bench",
     "compare",
     "compress",
     "distribute",
     "evaluate",
+    "export",
     "inspect",
     "load_recipe",
     "plan",
+    "ranks",
+    "serve",
     "verify",
 ]
 
