@@ -5,7 +5,8 @@
         gradients / sum of counts over micro-batches and devices, clipped;  optimiser;  after_step
 
 A step's gradient is that of the mean over all its items, however they are split into micro-batches and devices.
-accelerate places the model, casts, and sums gradients over processes (`accelerate launch -m penjing ...`).
+accelerate places the model, casts, and sums gradients over the processes in which a script that calls `train` was started
+(`accelerate launch`); a whole recipe runs in one process.
 """
 
 from __future__ import annotations
