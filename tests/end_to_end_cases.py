@@ -25,7 +25,10 @@ class Case:
     @property
     def exact(self) -> bool:
         return not any(
-            "sparsity" in step or "huffman" in step or step.get("outliers", step["method"] == "spqr")
+            "sparsity" in step
+            or "huffman" in step
+            or "rewind" in step
+            or step.get("outliers", step["method"] == "spqr")
             for step in self.steps
         )
 
@@ -205,7 +208,7 @@ TRAINED: dict[str, Case] = {
     "wanda, recover": Case((step("wanda", sparsity=0.5), RECOVER), "native"),
     "wanda, recover, gptq": Case((step("wanda", sparsity=0.5), RECOVER, four("gptq")), "native", "mixtral"),
     "gradual, gptq": Case((step("gradual", sparsity=0.5, steps=4, every=1, batch_size=2), four("gptq")), "native"),
-    "lottery ticket": Case((step("lottery-ticket", steps=2, levels=2),), "native", "gpt2"),
+    "lottery ticket": Case((step("lottery-ticket", steps=2, levels=2, rewind=1),), "native", "gpt2"),
     "gptq, peqa": Case((four("gptq"), step("peqa", iterations=2, batch_size=2)), "native"),
     "shortgpt, recover, gptq": Case((step("shortgpt", drop=1), RECOVER | {"what": "full"}, four("gptq"))),
     "distil, gkd, gptq": Case(

@@ -5,7 +5,7 @@
         gradients / sum of counts over micro-batches and devices, clipped;  optimiser;  after_step
 
 A step's gradient is that of the mean over all its items, however they are split into micro-batches and devices.
-accelerate places the model, casts, and sums gradients over the processes in which a script that calls `train` was started
+accelerate places the model, casts, and sums gradients over the processes in which a script that calls `train` runs
 (`accelerate launch`); a whole recipe runs in one process.
 """
 
