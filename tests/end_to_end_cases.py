@@ -264,7 +264,7 @@ TIED: dict[str, Case] = {
     }.items()
 }
 
-IN_TRANSFORMERS = [name for name in FORMATS if name not in ("gptq", "gptq-v2", "awq", "onnx")]
+IN_TRANSFORMERS = [name for name in FORMATS if name not in ("gptq", "gptq-v2", "awq", "gguf", "onnx")]
 """Formats that transformers loads without an engine's package; the others have whole runs in tests/formats."""
 
 UNLISTED = {"model_type": "olmo2"}

@@ -197,9 +197,13 @@ def test_interrupted_from_the_keyboard(model: Path, short, tmp_path, monkeypatch
 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(short, RTN)))
     arguments = ["compress", str(model), "-r", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        patch.setattr(walk.Walk, "_block", interrupt)
-        assert cli.main(arguments) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a parallel test run ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(walk.Walk, "_block", interrupt)
+            assert cli.main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
     compress(model, recipe(short, RTN), tmp_path / "whole")
     compress(model, recipe(short, RTN), tmp_path / "out")

@@ -140,4 +140,4 @@ def assert_same(back: Representation, weight: Representation) -> None:
 
 
 def test_every_format_is_covered():
-    assert {case.format for case in CASES.values()} == set(FORMATS) - {"gptq", "gptq-v2", "awq", "onnx"}
+    assert {case.format for case in CASES.values()} == set(FORMATS) - {"gptq", "gptq-v2", "awq", "gguf", "onnx"}

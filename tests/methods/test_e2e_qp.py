@@ -36,7 +36,7 @@ def model(seed: int = 0, **weights: Representation) -> tuple[ModelTask, Callable
         seen.append(value.item())
         return seen[-1]
 
-    return ModelTask({"linear": coded}, {"norm.weight": norm}, 4, loss), lambda: seen
+    return ModelTask({"linear": coded}, {"norm.weight": norm}, 4, loss, told=loss), lambda: seen
 
 
 @pytest.mark.parametrize("norms", [True, False])

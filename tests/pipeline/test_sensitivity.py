@@ -13,8 +13,9 @@ from penjing.checkpoint import open_checkpoint
 from penjing.methods.quantization.rtn import rtn
 from penjing.models import layout_of
 from penjing.numerics.grids import IntegerGrid
+from penjing.pipeline.choices import read_choices
 from penjing.pipeline.gradients import SEED, squared_gradients
-from penjing.pipeline.menu import Menu, read_choices
+from penjing.pipeline.menu import Menu
 from penjing.pipeline.sensitivity import Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weights import Weights

@@ -80,7 +80,6 @@ def allocate(
     ] = "2,3,4,6,8",
     by: Annotated[
         SensitivityName,
-        SparsityName,
         typer.Option(help="estimate of losses: relative output error, expected from gradients, measured KL"),
     ] = SensitivityName.gradient,
     generations: Annotated[int, typer.Option(min=0, help="of a search that refines by measured KL (EvoPress)")] = 0,

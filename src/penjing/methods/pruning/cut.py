@@ -56,6 +56,23 @@ class SizeOptions(Options):
         return self
 
 
+Score = Literal[
+    "contribution",
+    "magnitude",
+    "magnitude-l1",
+    "activation",
+    "wanda-sp",
+    "fluctuation",
+    "obs",
+    "taylor",
+    "taylor-second",
+    "taylor-mixed",
+    "taylor-vector",
+    "gradient",
+]
+"""Of units of every kind, by the names of `SCORES`."""
+
+
 class UnitOptions(SizeOptions):
     """Recipe keys of every method that removes neurons or heads."""
 
@@ -65,40 +82,15 @@ class UnitOptions(SizeOptions):
 class NeuronOptions(UnitOptions):
     """Recipe keys of removing neurons of the MLP."""
 
-    score: Literal[
-        "contribution",
-        "magnitude",
-        "magnitude-l1",
-        "activation",
-        "wanda-sp",
-        "fluctuation",
-        "obs",
-        "taylor",
-        "taylor-second",
-        "taylor-mixed",
-        "taylor-vector",
-        "gradient",
-    ] = Field("wanda-sp", description="which units stay: those with the highest")
+    score: Score = Field("wanda-sp", description="which units stay: those with the highest")
 
 
 class HeadOptions(UnitOptions):
     """Recipe keys of removing attention heads; heads that share a key and value go together."""
 
-    score: Literal[
-        "contribution",
-        "magnitude",
-        "magnitude-l1",
-        "activation",
-        "wanda-sp",
-        "fluctuation",
-        "obs",
-        "taylor",
-        "taylor-second",
-        "taylor-mixed",
-        "taylor-vector",
-        "gradient",
-        "entropy",
-    ] = Field("contribution", description="which groups of heads stay: those with the highest")
+    score: Score | Literal["entropy"] = Field(
+        "contribution", description="which groups of heads stay: those with the highest"
+    )
 
 
 class FLAPOptions(SizeOptions):
