@@ -84,6 +84,10 @@ def test_the_next_walk_starts_from_what_was_made(tiny_model, short, tmp_path, ca
     assert report.made[0]["seen"] == len(calls[0].tokens)
     assert calls[1].original.path == model, "the teacher is the model the recipe started from"
     assert not list((tmp_path / "out").rglob("stage-*"))
+    compress(model, recipe(short, {"method": "magnitude", "sparsity": 0.5}, format="dense"), tmp_path / "one")
+    others = ("report.json", "report.html", "README.md", "recipe.yaml")
+    one, two = ({path.name for path in (tmp_path / name).iterdir()} - {*others} for name in ("one", "out"))
+    assert two == one, "nothing of the work in between is left among the model's files"
 
 
 def test_zeros_outlive_a_stage_that_keeps_them(tiny_model, short, tmp_path, calls) -> None:

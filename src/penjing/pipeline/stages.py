@@ -86,8 +86,6 @@ MAKERS: dict[type[Remake], Maker] = {
 }
 """Who does the work of each kind of `Remake`."""
 
-_DONE = "stage.json"
-
 
 @dataclass
 class Outcome:
@@ -136,13 +134,13 @@ def _walk_into(
     directory: Path, job: Job, plan: Plan, checkpoint: Checkpoint, journal: Journal, progress: Progress
 ) -> list[tuple[int, str]]:
     """A walk that is not the last: a dense checkpoint in `directory`. Returns the blocks it removed."""
-    done = directory / _DONE
+    done = directory.with_suffix(".json")
     if not done.is_file():
         own = Journal.open(directory, journal.fingerprint)
         walker = _Walker(job, directory, plan, checkpoint, own, progress)
         complete(directory, walker.run(), walker.checkpoint, walker.plan)
-        own.close()
         write_bytes(done, json.dumps({"removed": walker.removed}).encode())
+        own.close()
     return [(index, reason) for index, reason in json.loads(done.read_text(encoding="utf-8"))["removed"]]
 
 
@@ -150,7 +148,7 @@ def _make(
     directory: Path, job: Job, step: Step, checkpoint: Checkpoint, after: Plan, progress: Progress
 ) -> Mapping[str, Any]:
     """The model that a step makes, in `directory`."""
-    done = directory / _DONE
+    done = directory.with_suffix(".json")
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         remake = step.definition.remake
