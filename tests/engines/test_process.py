@@ -74,6 +74,7 @@ def test_a_crash_of_llamacpp_says_how_to_build_around_it(graph: Path) -> None:
     ],
 )
 def test_damaged_files(engine: str, name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    pytest.importorskip({"llamacpp": "llama_cpp"}.get(engine, engine))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PenjingError, match=said):
         EngineProcess(engine, LoadRequest(tmp_path / name))
