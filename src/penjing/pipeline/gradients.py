@@ -29,6 +29,21 @@ class SquaredGradients:
     tokens: Tensor
 
 
+def block_inputs(
+    stream: StreamedModel, tokens: Tensor, progress: Callable[[str, int, int, str], None]
+) -> tuple[list[Tensor], Tensor]:
+    """The way forward of one pass there and back: states (S, T, D) before every block, and after the last, in fp32."""
+    blocks = stream.layout.blocks
+    states = stream.embed(tokens, torch.float32)
+    inputs = []
+    for index in range(blocks):
+        progress("gradients", index, 2 * blocks, stream.layout.block_name(index))
+        inputs.append(states.clone())
+        with stream.block(index, torch.float32) as block:
+            stream.advance(block, index, states)
+    return inputs, states
+
+
 def squared_gradients(
     stream: StreamedModel,
     tokens: Tensor,
@@ -43,13 +58,7 @@ def squared_gradients(
     blocks are in memory at once, blocks one at a time.
     """
     blocks = stream.layout.blocks
-    states = stream.embed(tokens, torch.float32)
-    inputs = []
-    for index in range(blocks):
-        progress("gradients", index, 2 * blocks, stream.layout.block_name(index))
-        inputs.append(states.clone())
-        with stream.block(index, torch.float32) as block:
-            stream.advance(block, index, states)
+    inputs, states = block_inputs(stream, tokens, progress)
     gradient = _by_last_states(stream, states)
     found: dict[str, SquaredGradients] = {}
     for index in reversed(range(blocks)):

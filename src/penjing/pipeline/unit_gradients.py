@@ -14,6 +14,7 @@ from penjing.methods.pruning.units import UnitGradients
 from penjing.models import find
 from penjing.models.couplings import Coupling
 from penjing.pipeline.block_cut import BlockWeights
+from penjing.pipeline.gradients import block_inputs
 from penjing.pipeline.stream import StreamedModel
 
 Chosen = Sequence[tuple[Coupling, int]]
@@ -34,13 +35,7 @@ def gradient_scores(
     blocks are in memory at once, blocks one at a time.
     """
     blocks = stream.layout.blocks
-    states = stream.embed(tokens, torch.float32)
-    inputs = []
-    for index in range(blocks):
-        progress("gradients", index, 2 * blocks, stream.layout.block_name(index))
-        inputs.append(states.clone())
-        with stream.block(index, torch.float32) as block:
-            stream.advance(block, index, states)
+    inputs, states = block_inputs(stream, tokens, progress)
     flowing = _by_last_states(stream, tokens, states)
     scores: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
     for index in reversed(range(blocks)):
