@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import CalibrationError
+from penjing.numerics.finite import all_finite
 
 _ELEMENTS = 2**23  # logits worked on at once
 
@@ -125,7 +126,7 @@ class Comparison:
 
 def _log_softmax(logits: Tensor, whose: str) -> Tensor:
     logits = logits.float()
-    if not torch.isfinite(logits).all():
+    if not all_finite(logits):
         raise CalibrationError(
             f"{whose} logits hold NaN or infinity: the forward pass overflowed (try dtype float32 or bfloat16) "
             "or a weight is damaged"

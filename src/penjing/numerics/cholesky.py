@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import CalibrationError
+from penjing.numerics.finite import all_finite
 
 STRONGEST_DAMPING = 1e3
 """Past this multiple of the mean diagonal the factor is the identity for every practical purpose."""
@@ -44,7 +45,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 
     Raises CalibrationError when the matrix is not finite.
     """
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise CalibrationError("the Gram matrix of a linear's inputs is not finite: activations overflowed; use fp32")
     diagonal = gram.diagonal()
     live = diagonal != 0
@@ -73,7 +74,7 @@ def _reversed_inverse(backwards: Tensor) -> Tensor | None:
         return None
     identity = torch.eye(len(backwards), dtype=backwards.dtype, device=backwards.device)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1) if torch.isfinite(inverse).all() else None
+    return inverse.flip(0, 1) if all_finite(inverse) else None
 
 
 def _warn(message: str) -> None:

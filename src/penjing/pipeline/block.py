@@ -18,6 +18,7 @@ from penjing.methods.base import BlockInput, BlockTask, Call, LinearFunction, Li
 from penjing.models import find
 from penjing.models.layout import InputGroup, ModuleSpec
 from penjing.numerics.activations import InputScale
+from penjing.numerics.finite import all_finite
 from penjing.numerics.observers import static_scale
 from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors, relative_error
@@ -136,7 +137,7 @@ class BlockCompressor:
                 statistic.update(torch.eye(columns))
             self.notes[name].append("no calibration token reached it: treated as if its inputs were independent")
         for statistic in self.statistics[name].values():
-            if not torch.isfinite(statistic.value).all():
+            if not all_finite(statistic.value):
                 raise CalibrationError(
                     f"the inputs of {self.prefix}{name} contain NaN or infinite values; the dense model overflows in "
                     "this dtype or an earlier block was damaged"
@@ -305,7 +306,7 @@ class BlockCompressor:
             self.measure(module, replay(self._parameters({})))
         results = [self._result(name, row) for name, row in self.rows.items()]
         for name, tensor in ((name, tensor) for result in results for name, tensor in result.packed.items()):
-            if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            if tensor.itemsize > 1 and not all_finite(tensor):
                 raise FormatError(
                     f"{name} does not fit {self.plan.dtype}: values overflow; set `dtype: bfloat16` in the recipe"
                 )
@@ -313,15 +314,17 @@ class BlockCompressor:
 
     def _result(self, name: str, row: PlanRow) -> ModuleResult:
         module = row.module
+        weight = f"{name}.weight"
+        copied = name not in self.done and row.scheme.dense and weight not in self.tensors.changed
         parts = dict(zip(module.tensors, module.tensor_names(), strict=True))
         packed = {
-            full: self.tensors[full.removeprefix(self.prefix)].to(self.plan.dtype_of(module.tensors[key]))
+            full: self._plain(full.removeprefix(self.prefix)).to(self.plan.dtype_of(module.tensors[key]))
             for key, full in parts.items()
-            if key != "weight"
+            if key != "weight" or copied
         }
-        if "weight" not in parts:
+        if "weight" not in parts or copied:
             return ModuleResult(module, packed, notes=self.notes[name])
-        original = self.tensors[f"{name}.weight"]
+        original = self.tensors[weight]
         packed |= self._pack(row, self.done.get(name) or self._given(name))
         if name in self.input_scales:
             packed |= input_tensors(module, self.input_scales[name])
@@ -332,6 +335,10 @@ class BlockCompressor:
         seen = self.statistics.get(name)
         result.tokens = next(iter(seen.values())).tokens if seen else 0
         return result
+
+    def _plain(self, name: str) -> Tensor:
+        """A tensor that is written as it is; without a detour over fp32 where no step has changed it."""
+        return self.tensors[name] if name in self.tensors.changed else self.tensors.as_stored(name)
 
     def _pack(self, row: PlanRow, weight: Representation) -> dict[str, Tensor]:
         """The weight's tensors for the file; they must decode, bit for bit, to what the method returned."""

@@ -33,6 +33,10 @@ class BlockTensors(MutableMapping[str, Tensor]):
         tensor = self._load(full)
         return (tensor.T.contiguous() if transposed else tensor).float()
 
+    def as_stored(self, name: str) -> Tensor:
+        """A parameter that no step has changed, in the dtype and orientation of the checkpoint."""
+        return self._load(self._source[name][0])
+
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.changed[name] = value
 

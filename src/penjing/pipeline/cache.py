@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import CheckpointError
+from penjing.numerics.finite import all_finite
 
 
 class BlockCache:
@@ -20,7 +20,7 @@ class BlockCache:
         """One tensor, from memory if it was read since the last `clear`. Raises CheckpointError if it is not finite."""
         if name not in self._tensors:
             tensor = self._checkpoint.load(name)
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise CheckpointError(f"{name} of {self._checkpoint.label} contains NaN or infinite values")
             self._tensors[name] = tensor
         return self._tensors[name]

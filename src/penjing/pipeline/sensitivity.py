@@ -18,6 +18,7 @@ from penjing.methods.allocation.sensitivity import expected_kl, extrapolated, ou
 from penjing.methods.base import LinearInput
 from penjing.models import find
 from penjing.models.layout import Layout
+from penjing.numerics.finite import all_finite
 from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors
 from penjing.pipeline.cache import BlockCache
@@ -171,7 +172,7 @@ class SensitivityWalk:
         for name, kinds in needs.items():
             columns = self.layout.by_name[prefix + name].shape[1]
             found[name] = observer.statistics.get(name) or unseen(kinds, columns)
-            if not torch.isfinite(found[name][Gram].value).all():
+            if not all_finite(found[name][Gram].value):
                 raise CalibrationError(f"the inputs of {prefix}{name} contain NaN or infinite values")
         return found
 

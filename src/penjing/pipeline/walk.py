@@ -25,6 +25,7 @@ from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
+from penjing.numerics.finite import all_finite
 from penjing.pipeline.block import BlockCompressor, Lesson, ModuleResult
 from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.journal import FOLDER, Journal
@@ -147,7 +148,7 @@ class Walk:
         """Compress one block unless its shard exists, then advance all hidden states through what the shard holds."""
         with self._stream.block(index, torch.float32) as block:
             expected = self._stream.run(block, index, probe)
-        if not torch.isfinite(expected).all():
+        if not all_finite(expected):
             raise CalibrationError(
                 f"{self.layout.block_name(index)} of the dense model gives NaN or infinite values in fp32: "
                 "its weights are damaged, or too large to compute with"

@@ -15,6 +15,7 @@ from penjing.errors import FormatError
 from penjing.formats.base import Finished, codes_of, plain_weight, read_plain_weight
 from penjing.formats.gguf.types import blocks_of, type_of
 from penjing.models.layout import Layout, ModuleSpec
+from penjing.numerics.finite import all_finite
 from penjing.numerics.float_grids import FloatGrid
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Dense, Representation, Scheme
@@ -75,7 +76,7 @@ class GGUFFormat:
         coded = codes_of(weight)
         if coded is None or coded.grid != scheme.grid:
             raise FormatError(f"{module.name}: the weight is not what its scheme says ({scheme})")
-        if not torch.isfinite(coded.scale).all():
+        if not all_finite(coded.scale):
             raise FormatError(f"{module.name}: a scale does not fit fp16; scale the weights down or leave it dense")
         return {f"{module.name}.weight": blocks_of(scheme.grid).write(coded)}
 

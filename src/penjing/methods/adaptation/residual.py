@@ -18,13 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from penjing.numerics.finite import all_finite
+
 
 def residual_change(lost: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B (N, r) and A (r, K) fp32 of the best change of rank r <= `rank` for what was lost (N, K).
 
     Rows of A and columns of B beyond the matrix's own rank are zero. ValueError for values that are not finite.
     """
-    if not lost.isfinite().all():
+    if not all_finite(lost):
         raise ValueError("the difference of the weights is not finite")
     left, values, right = torch.linalg.svd(lost.float(), full_matrices=False)
     up, down = lost.new_zeros(lost.shape[0], rank).float(), lost.new_zeros(rank, lost.shape[1]).float()

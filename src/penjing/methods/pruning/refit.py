@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import CalibrationError
+from penjing.numerics.finite import all_finite
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-4) -> Tensor:
@@ -29,7 +30,7 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, *, ridge: float = 1e-4) ->
 
     Raises CalibrationError when the Gram matrix is not finite.
     """
-    if not torch.isfinite(gram).all():
+    if not all_finite(gram):
         raise CalibrationError("the Gram matrix of a linear's inputs is not finite: activations overflowed; use fp32")
     gone = torch.ones(len(gram), dtype=torch.bool)
     gone[kept] = False

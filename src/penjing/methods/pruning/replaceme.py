@@ -23,6 +23,7 @@ from torch import Tensor
 
 from penjing.errors import CalibrationError
 from penjing.methods.pruning.angular_layers import RunOptions
+from penjing.numerics.finite import all_finite
 
 
 class ReplaceMeOptions(RunOptions):
@@ -33,7 +34,7 @@ class ReplaceMeOptions(RunOptions):
 
 def transform(gram: Tensor, cross: Tensor, *, ridge: float = 1e-2) -> Tensor:
     """T, fp64 (D, D), from M^T M and M^T (L - Y), both (D, D). Raises CalibrationError when they are not finite."""
-    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+    if not (all_finite(gram) and all_finite(cross)):
         raise CalibrationError("hidden states are not finite: activations overflowed; use fp32")
     left, right = gram.double().clone(), cross.double().clone()
     strength = ridge * left.diagonal().mean()

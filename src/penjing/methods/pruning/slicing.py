@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import CalibrationError
+from penjing.numerics.finite import all_finite
 from penjing.numerics.hadamard import Rotation
 
 
@@ -40,7 +41,7 @@ def principal_axes(covariance: Tensor) -> Rotation:
     Each eigenvector's largest entry is positive, so that equal input gives equal signs. Raises CalibrationError when
     the matrix is not finite.
     """
-    if not torch.isfinite(covariance).all():
+    if not all_finite(covariance):
         raise CalibrationError("the covariance of the residual stream is not finite: activations overflowed; use fp32")
     _, vectors = torch.linalg.eigh(covariance.double())
     vectors = vectors.flip(1)
