@@ -18,7 +18,7 @@ import yaml
 from penjing import api
 from penjing.errors import OutputError, ResumeError
 from penjing.pipeline import walk
-from penjing.pipeline.journal import FOLDER
+from penjing.pipeline.journal import FOLDER, alone_in
 from runs import compress, recipe, shards, texts
 
 HYBRID = (
@@ -92,6 +92,20 @@ def test_finished_shards_are_not_made_again(tiny_model, short, tmp_path, monkeyp
     monkeypatch.setattr(walk, "write_shard", lambda path, tensors: made.append(path.name) or write(path, tensors))
     compress(model, wanted, tmp_path / "out")
     assert made == [f"model-{number:05d}-of-00006.safetensors" for number in (4, 5, 6)]
+
+
+def test_a_second_run_is_kept_out(tiny_model, short, tmp_path) -> None:
+    """While one is at work, and no longer: its end leaves nothing behind that would stop the next."""
+    model, wanted, output = (
+        tiny_model("llama"),
+        recipe(short, {"method": "rtn", "bits": 4, "group_size": 32}),
+        tmp_path / "out",
+    )
+    with alone_in(output), pytest.raises(OutputError, match="another run of penjing is at work in"):
+        compress(model, wanted, output, evaluated=False)
+    assert not list(output.iterdir())
+    compress(model, wanted, output, evaluated=False)
+    assert (output / "report.json").is_file()
 
 
 def start(model: Path, wanted: dict[str, Any], folder: Path, output: Path) -> subprocess.Popen[bytes]:

@@ -24,7 +24,7 @@ from penjing.memory import PeakMemory, share_one_heap
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, measure
-from penjing.pipeline.journal import Fingerprint, Journal, require_usable
+from penjing.pipeline.journal import Fingerprint, Journal, alone_in, require_usable
 from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import Text, TextSource
@@ -105,6 +105,11 @@ def prepare(
 
 def run(job: Job, progress: Progress) -> Report:
     """Do the work that `prepare` laid out. Raises VerificationError or QualityError once the files are written."""
+    with alone_in(job.directory):
+        return _run(job, progress)
+
+
+def _run(job: Job, progress: Progress) -> Report:
     stages = Stages()
     if job.calibration is not None:
         progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,34 @@ def require_usable(directory: Path) -> None:
         raise OutputError(
             f"{directory} exists and is not an unfinished run of penjing; choose another output or empty it"
         )
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep every other run out of a directory, which is made if it is missing. Raises OutputError if one is at work.
+
+    The lock is on the directory itself: it leaves no file behind and ends with the process, however that ends.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot write into {directory}: {error.strerror}; choose another output") from error
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            _lock(handle, directory)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"another run of penjing is at work in {directory}; wait until it ends, or choose another output"
+        ) from None
 
 
 class Journal:
