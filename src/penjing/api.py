@@ -126,6 +126,8 @@ def plan(
 
     Raises RecipeError, CheckpointError or PlanError, whichever names the first problem.
     """
+    from penjing.pipeline import sizes
+
     chosen = load_recipe(recipe)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, weights=False)
     layout = layout_of(checkpoint.config, checkpoint.specs() or None, trust_remote_code=trust_remote_code)
@@ -133,7 +135,9 @@ def plan(
         from penjing.pipeline import decoding
 
         decoding.require_cacheable(checkpoint.config, chosen.kv_cache, trust_remote_code=trust_remote_code)
-    made = make_plan(checkpoint, layout, chosen)
+    settled = sizes.settle(chosen, checkpoint.config, layout)
+    made = make_plan(checkpoint, layout, settled.recipe)
+    made = replace(made, warnings=(*settled.notes, *made.warnings))
     if engine is None:
         return made
     from penjing.engines import truth

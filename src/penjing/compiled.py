@@ -64,7 +64,7 @@ def build(source: str, capability: str, package: str = "penjing.runtime") -> cty
     flags = ("-O3", "-std=c++17", "-fPIC", *_FLAGS.get(capability, ()))
     made_of = repr((text, compiler, os.stat(compiler).st_mtime_ns, flags, torch.__version__))
     name = f"{Path(source).stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    for directory in (_cache_directory(), Path(tempfile.gettempdir()) / f"penjing-{os.getpid()}"):
+    for directory in (cache_directory(), Path(tempfile.gettempdir()) / f"penjing-{os.getpid()}"):
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not (directory / name).exists():
@@ -84,7 +84,8 @@ def helper(source: str, package: str) -> ctypes.CDLL | None:
         return None
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where what takes long to make is kept between runs. It may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penjing"
 
 

@@ -115,7 +115,10 @@ def check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -
 
 def blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
     """How many blocks the recipe's selecting steps remove. Raises PlanError when none would be left."""
-    total = sum(getattr(step.options, "drop", 0) for step in recipe.steps if step.definition.select is not None)
+    selecting = [step for step in recipe.steps if step.definition.select is not None]
+    if open_step := next((step for step in selecting if not getattr(step.options, "drop", 1)), None):
+        raise PlanError(f"{open_step.label}: how many blocks go is worked out before a plan is made; give `drop`")
+    total = sum(getattr(step.options, "drop", 0) for step in selecting)
     if total >= layout.blocks:
         raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
     return total

@@ -15,11 +15,14 @@ from penjing.cli.options import (
     LengthOption,
     Listing,
     ModelArgument,
+    ParamsOption,
     RecipeOption,
     SamplesOption,
     SeedOption,
     SensitivityName,
     SparsityName,
+    SparsityOption,
+    SpeedupOption,
     TrustOption,
 )
 from penjing.cli.output import show, working
@@ -47,6 +50,9 @@ def list_(what: Annotated[Listing, typer.Argument(help="what to list")], as_json
 def plan(
     model: ModelArgument,
     recipe: RecipeOption,
+    sparsity: SparsityOption = None,
+    params: ParamsOption = None,
+    speedup: SpeedupOption = None,
     data: DataOption = None,
     samples: SamplesOption = None,
     length: LengthOption = None,
@@ -61,6 +67,7 @@ def plan(
 
     chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
     with working():
+        chosen = _aimed(chosen, sparsity, params, speedup)
         result = api.plan(model, chosen, engine=engine, trust_remote_code=trust_remote_code)
     show(result.as_dict(), tables.plan, as_json)
 
@@ -179,6 +186,9 @@ def compress(
     model: ModelArgument,
     recipe: RecipeOption,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="a new directory, or one to resume in")],
+    sparsity: SparsityOption = None,
+    params: ParamsOption = None,
+    speedup: SpeedupOption = None,
     data: DataOption = None,
     samples: SamplesOption = None,
     length: LengthOption = None,
@@ -193,6 +203,7 @@ def compress(
 
     chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
     with working() as progress:
+        chosen = _aimed(chosen, sparsity, params, speedup)
         report = api.compress(
             model, chosen, output, progress=progress, evaluated=evaluated, trust_remote_code=trust_remote_code
         )
@@ -211,3 +222,12 @@ def _recipe(name: str, format: str | None, **calibration: Any) -> Recipe:
     keys["calibration"] |= changed
     keys["format"] = format or keys["format"]
     return load_recipe(keys)
+
+
+def _aimed(recipe: Recipe, sparsity: float | None, params: str | None, speedup: float | None) -> Recipe:
+    """The recipe with the target that the command line gives."""
+    if (sparsity, params, speedup) == (None, None, None):
+        return recipe
+    from penjing.pipeline.sizes import aimed
+
+    return aimed(recipe, sparsity=sparsity, params=params, speedup=speedup)

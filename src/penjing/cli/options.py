@@ -19,6 +19,16 @@ DataOption = Annotated[str | None, typer.Option(metavar="TEXT", help="override t
 SamplesOption = Annotated[int | None, typer.Option(min=1, help="override the number of calibration windows")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="override the tokens per calibration window")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="override the calibration seed")]
+SparsityOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="how much the pruning step removes, as a fraction")
+]
+ParamsOption = Annotated[
+    str | None,
+    typer.Option(metavar="COUNT", help="parameters of the result, at most: 100M; of a step that removes parts"),
+]
+SpeedupOption = Annotated[
+    float | None, typer.Option(min=1, help="how many times faster to decode, by latencies measured on this machine")
+]
 EvalDataOption = Annotated[
     str, typer.Option("--data", metavar="TEXT", help="as in a recipe: `builtin`, a file, a directory")
 ]

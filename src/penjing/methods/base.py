@@ -277,6 +277,22 @@ class Selection:
     choose: Callable[[Tensor, Any], list[int]]
 
 
+@dataclass(frozen=True)
+class Size:
+    """A model that a step could leave.
+
+    parameters  of the whole model
+    blocks      it has
+    keys        of the step, which ask for exactly this model
+    config      gives its config.json; PlanError or ValueError where no config says so
+    """
+
+    parameters: int
+    blocks: int
+    keys: Mapping[str, Any]
+    config: Callable[[], Mapping[str, Any]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Remake:
     """A method that makes another dense model. Each kind is a subclass; `pipeline/stages.py` says who does its work.
@@ -285,11 +301,14 @@ class Remake:
                  if that model cannot be
     keeps_zeros  whether weights that an earlier step pruned are still zero in the model it makes
     prunes       share of the weights of every linear of the blocks that it makes zero itself, overall
+    sizes        every model it could make, the largest first, from the same arguments as `config`; None when its size
+                 is no choice, or a number of blocks (see `penjing.methods.pruning.sizes`)
     """
 
     config: Callable[[Mapping[str, Any], Layout, Any], Mapping[str, Any]]
     keeps_zeros: Callable[[Any], bool]
     prunes: Callable[[Any], float] = lambda options: 0.0
+    sizes: Callable[[Mapping[str, Any], Layout, Any], Sequence[Size]] | None = None
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,29 @@ def build_meta(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
 
     Computed buffers are laid out in fp32 whatever the dtype of the weights: the models cast them where they are used.
     """
+    return _build(config, "meta", torch.float32, trust_remote_code)
+
+
+def build_random(
+    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Any:
+    """The transformers model as it is without Penjing, with small random weights: for measuring time."""
+    model = _build(config, device, dtype, trust_remote_code)
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.02, 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def _build(config: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    with quiet(), torch.device("meta"), no_init_weights():
+    with quiet(), torch.device(device), no_init_weights():
         try:
             remote = trust_remote_code and "auto_map" in config and config["model_type"] not in CONFIG_MAPPING_NAMES
             settings = _settings(config, remote)
-            return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=remote)
+            return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=remote)
         except Exception as error:  # configuration classes raise whatever they like
             raise CheckpointError(f"transformers cannot build a {config['model_type']!r} model: {error}") from error
 

@@ -25,6 +25,7 @@ from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, measure
 from penjing.pipeline.journal import Fingerprint, Journal, alone_in, require_usable
+from penjing.pipeline.sizes import settle
 from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import Text, TextSource
@@ -77,7 +78,10 @@ def prepare(
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
     check_tied_head(layout, checkpoint)
     decoding.require_cacheable(checkpoint.config, recipe.kv_cache, trust_remote_code=trust_remote_code)
+    settled = settle(recipe, checkpoint.config, layout)
+    recipe = settled.recipe
     plan = make_plan(checkpoint, layout, recipe)
+    plan = replace(plan, warnings=(*settled.notes, *plan.warnings))
     require_usable(directory)
     limits = recipe.require
     if not measured and (limits.max_kl or limits.max_perplexity_ratio):

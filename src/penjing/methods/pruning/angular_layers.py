@@ -16,17 +16,14 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from penjing.errors import RecipeError
-from penjing.methods.base import Options
+from penjing.methods.pruning.sizes import BlockOptions
 
 
-class RunOptions(Options):
+class RunOptions(BlockOptions):
     """Recipe keys of methods that remove neighbouring blocks."""
-
-    drop: int = Field(ge=1, description="number of neighbouring blocks to remove")
 
 
 def angular_distances(states: Tensor, run: int) -> Tensor:

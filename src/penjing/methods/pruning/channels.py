@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
-from penjing.methods.base import Remake
-from penjing.methods.pruning.cut import SizeOptions, parse_count
+from penjing.methods.base import Remake, Size
+from penjing.methods.pruning.sizes import SizeOptions, parse_count
 from penjing.methods.quantization.rotation import require_free_stream
 from penjing.models import layout_of
 from penjing.models.layout import Layout
@@ -35,16 +36,13 @@ class StreamCut(Remake):
 
 def _config(config: Mapping[str, Any], layout: Layout, options: ChannelOptions) -> Mapping[str, Any]:
     """config.json of the model that is left. Raises PlanError or ValueError when there is none."""
-    narrow_stream(config, layout, layout.embedding.shape[1])  # refuses a model whose channels cannot go at all
-    if options.basis == "principal":
-        require_free_stream(layout, "use `basis: own`")
-        config = {**config, "tie_word_embeddings": False}
-        layout = layout_of(config)
+    config, layout = _prepared(config, layout, options)
     full, step = layout.embedding.shape[1], options.multiple
     if options.sparsity is not None:
         hidden = max(1, round((full - dropped_of(full, options.sparsity)) / step)) * step
         return narrow_stream(config, layout, min(hidden, full)).config
-    assert options.params is not None
+    if options.params is None:
+        raise ValueError("a `speedup` is worked out on the machine before a plan is made; give `sparsity` or `params`")
     target = parse_count(options.params)
     for hidden in range(full // step * step, 0, -step):
         narrow = narrow_stream(config, layout, hidden)
@@ -56,5 +54,26 @@ def _config(config: Mapping[str, Any], layout: Layout, options: ChannelOptions) 
     )
 
 
-STREAM_CUT = StreamCut(config=_config, keeps_zeros=lambda options: options.basis == "own")
+def _sizes(config: Mapping[str, Any], layout: Layout, options: ChannelOptions) -> list[Size]:
+    """The models that the step could leave, the largest first."""
+    config, layout = _prepared(config, layout, options)
+    full, step = layout.embedding.shape[1], options.multiple
+    narrow = [narrow_stream(config, layout, hidden) for hidden in range(full // step * step, 0, -step)]
+    return [
+        Size(made.layout.parameters, layout.blocks, {"params": made.layout.parameters}, partial(dict, made.config))
+        for made in narrow
+    ]
+
+
+def _prepared(config: Mapping[str, Any], layout: Layout, options: ChannelOptions) -> tuple[Mapping[str, Any], Layout]:
+    """The model before channels go, with a head of its own if the stream is turned. PlanError where none can go."""
+    narrow_stream(config, layout, layout.embedding.shape[1])  # refuses a model whose channels cannot go at all
+    if options.basis == "principal":
+        require_free_stream(layout, "use `basis: own`")
+        config = {**config, "tie_word_embeddings": False}
+        layout = layout_of(config)
+    return config, layout
+
+
+STREAM_CUT = StreamCut(config=_config, sizes=_sizes, keeps_zeros=lambda options: options.basis == "own")
 """The row of the method."""

@@ -2,59 +2,27 @@
 
 Every kind of unit keeps the same number in every block, because config.json has one number for all. `sparsity` is a
 fraction of the units; `params` a number of parameters of the whole model that the result does not exceed, as closely
-as one unit allows.
+as one unit allows; `speedup` becomes `params` before the work begins (see sizes.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from penjing.methods.base import Options, Remake
+from penjing.methods.base import Remake, Size
 from penjing.methods.pruning import llm_pruner
+from penjing.methods.pruning.sizes import SizeOptions, parse_count
 from penjing.methods.pruning.unit_scores import SCORES, UnitScore, taylor
 from penjing.models import layout_of
 from penjing.models.couplings import Couplings, UnitKind, find_couplings
 from penjing.models.layout import Layout
 from penjing.models.narrowing import Kept, narrow_units
 from penjing.numerics.masks import dropped_of
-
-_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-
-
-def parse_count(text: str | int) -> int:
-    """`"100M"` -> 100,000,000; K, M and B are powers of a thousand. Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMB]?)", str(text).strip().upper())
-    if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is not a number of parameters; write 100M, 1.5B or 134515008")
-    return int(float(match[1]) * _SUFFIXES[match[2]])
-
-
-class SizeOptions(Options):
-    """Recipe keys that say how much goes: one of them."""
-
-    sparsity: float | None = Field(None, ge=0, lt=1, description="fraction of the units to remove, rounded down")
-    params: str | int | None = Field(None, description="parameters of the result, at most: 100M, 1.5B or a number")
-    multiple: int = Field(1, ge=1, description="widths become multiples of it, as groups of a later quantiser may need")
-
-    @field_validator("params")
-    @classmethod
-    def _readable(cls, params: str | int | None) -> str | int | None:
-        if params is not None:
-            parse_count(params)
-        return params
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        if (self.sparsity is None) == (self.params is None):
-            raise ValueError("give one of `sparsity` (a fraction) and `params` (a number of parameters)")
-        return self
-
 
 Score = Literal[
     "contribution",
@@ -148,14 +116,37 @@ def kinds_of(options: Any) -> tuple[UnitKind, ...]:
 
 def _config(biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> Mapping[str, Any]:
     """config.json of the model that is left. Raises PlanError or ValueError when there is none."""
+    config, layout, couplings = _prepared(biased, config, layout, options)
+    kept = _kept(couplings, kinds_of(options), options, partial(_parameters, layout, couplings))
+    return narrow_units(config, layout, couplings, kept).config
+
+
+def _sizes(biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> list[Size]:
+    """The models that the step could leave, the largest first."""
+    config, layout, couplings = _prepared(biased, config, layout, options)
+    found = []
+    for kept in _widths(couplings, kinds_of(options), options.multiple):
+        parameters = _parameters(layout, couplings, kept)
+        make = partial(_narrowed, config, layout, couplings, kept)
+        found.append(Size(parameters, layout.blocks, {"params": parameters}, make))
+    return found
+
+
+def _narrowed(config: Mapping[str, Any], layout: Layout, couplings: Sequence[Couplings], kept: Kept) -> dict[str, Any]:
+    return narrow_units(config, layout, couplings, kept).config
+
+
+def _prepared(
+    biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions
+) -> tuple[Mapping[str, Any], Layout, Sequence[Couplings]]:
+    """The model before units go, with the biases that the step gives it. ValueError where nothing can go."""
     couplings = find_couplings(config, layout)
     kinds = kinds_of(options)
     _require_units(layout, couplings, kinds)
     if biased:
         config = _with_biases(config, layout, kinds)
         layout = layout_of(config)
-    kept = _kept(couplings, kinds, options, partial(_parameters, layout, couplings))
-    return narrow_units(config, layout, couplings, kept).config
+    return config, layout, couplings
 
 
 def _require_units(layout: Layout, couplings: Sequence[Couplings], kinds: Sequence[UnitKind]) -> None:
@@ -182,15 +173,10 @@ def _kept(
             (kind, units): _rounded(units - dropped_of(units, options.sparsity), units, options.multiple)
             for kind, units in sorted(sizes)
         }
-    assert options.params is not None
-    target, most = parse_count(options.params), max(units for _, units in sizes)
-    for left in range(most, 0, -1):
-        kept = {
-            (kind, units): max(1, units * left // most) // options.multiple * options.multiple
-            for kind, units in sorted(sizes)
-        }
-        if 0 in kept.values():
-            break
+    if options.params is None:
+        raise ValueError("a `speedup` is worked out on the machine before a plan is made; give `sparsity` or `params`")
+    target = parse_count(options.params)
+    for kept in _widths(couplings, kinds, options.multiple):
         if parameters(kept) <= target:
             return kept
     least = parameters({(kind, units): min(units, options.multiple) for kind, units in sizes})
@@ -198,6 +184,19 @@ def _kept(
         f"params: {options.params} cannot be reached by removing {' and '.join(kinds)} alone: what is left has at "
         f"least {least:,} parameters"
     )
+
+
+def _widths(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple: int) -> Iterator[Kept]:
+    """How many units of each kind could stay, from all of them down, in the same proportion for all kinds."""
+    sizes = sorted({(found.kind, found.units) for block in couplings for found in block.found if found.kind in kinds})
+    most, last = max(units for _, units in sizes), None
+    for left in range(most, 0, -1):
+        kept = {(kind, units): max(1, units * left // most) // multiple * multiple for kind, units in sizes}
+        if 0 in kept.values():
+            return
+        if kept != last:
+            yield kept
+        last = kept
 
 
 def _rounded(kept: int, units: int, multiple: int) -> int:
@@ -245,6 +244,7 @@ def unit_cut(score: Callable[[Any], UnitScore], *, refit: Callable[[Any], bool],
     """The row of a method that removes units."""
     return UnitCut(
         config=partial(_config, biased),
+        sizes=partial(_sizes, biased),
         keeps_zeros=lambda options: not refit(options),
         score=score,
         refit=refit,

@@ -18,13 +18,12 @@ from typing import Literal
 from pydantic import Field
 
 from penjing.errors import RecipeError
-from penjing.methods.base import Options
+from penjing.methods.pruning.sizes import BlockOptions
 
 
-class GreedyOptions(Options):
+class GreedyOptions(BlockOptions):
     """Recipe keys of greedy removal of blocks."""
 
-    drop: int = Field(ge=1, description="number of blocks to remove")
     loss: Literal["kl", "perplexity"] = Field("kl", description="what is measured without each block")
     windows: int = Field(4, ge=1, description="calibration windows it is measured on, from the first")
 

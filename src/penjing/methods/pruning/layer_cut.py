@@ -53,6 +53,8 @@ def last_linears(config: Mapping[str, Any], layout: Layout, index: int) -> tuple
 
 
 def _shorter(config: Mapping[str, Any], layout: Layout, options: Any) -> Mapping[str, Any]:
+    if not options.drop:
+        raise ValueError("how many blocks go is worked out before a plan is made; give `drop`")
     if options.drop >= layout.blocks:
         raise ValueError(f"drop: {options.drop} leaves none of {layout.blocks} blocks; at least one must stay")
     return shortened(config, layout.blocks, range(layout.blocks - options.drop))

@@ -12,17 +12,14 @@ Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Red
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
 from penjing.errors import RecipeError
-from penjing.methods.base import Options
+from penjing.methods.pruning.sizes import BlockOptions
 
 
-class ShortGPTOptions(Options):
+class ShortGPTOptions(BlockOptions):
     """Recipe keys of ShortGPT."""
-
-    drop: int = Field(ge=1, description="number of blocks to remove")
 
 
 def shortgpt(influence: Tensor, drop: int) -> list[int]:
