@@ -31,6 +31,9 @@ def allocate(
     *,
     budget: int | str | None = None,
     bits: float | None = None,
+    params: int | str | None = None,
+    latency: float | None = None,
+    speedup: float | None = None,
     choices: str = "2,3,4,6,8",
     by: Sensitivity = "gradient",
     generations: int = 0,
@@ -42,7 +45,10 @@ def allocate(
     """Choose bits for every linear so that the predicted loss is least within a budget; a recipe comes out.
 
     budget   bytes of the whole model, as a number or as words ("80MB"); or else
-    bits     per weight of the linears of the blocks, scales included
+    bits     per weight of the linears of the blocks, scales included; or else
+    params   weights of the whole model that are not zero, as a number or as words ("100M"); or else
+    latency  milliseconds for a decoded token at batch 1 on this machine, in transformers; or else
+    speedup  the dense model's time for a token over the result's, likewise
     choices  bits, bits with a group size (`3g64`), sparsity with or without bits (`50%`, `2:4+4`), other methods
              (`ternary`, `wanda(sparsity=0.3)`) and `dense`, with commas; they replace the recipe's steps with bits
     by       how losses are estimated: `output`, `gradient` or `kl`
@@ -56,16 +62,18 @@ def allocate(
     from penjing.models import check_tied_head
     from penjing.pipeline import allocation
     from penjing.pipeline.choices import read_choices
+    from penjing.pipeline.prices import Budget
 
     chosen, wanted = load_recipe(recipe), read_choices(choices)
+    size = None if budget is None else allocation.read_bytes(budget)
+    limits = Budget(bytes=size, bits=bits, params=params, latency=latency, speedup=speedup)
     checkpoint, layout = _opened(model, output, trust_remote_code)
     check_tied_head(layout, checkpoint)
     result = allocation.allocate(
         checkpoint,
         layout,
         chosen,
-        budget=budget,
-        bits=bits,
+        budget=limits,
         choices=wanted,
         by=by,
         search=Search(generations, offspring),

@@ -152,13 +152,21 @@ def allocation(result: Mapping[str, Any]) -> Group:
         losses.add_row(f"{row['choice']} everywhere", size, f"{row['loss']:.4g}")
     losses.add_row("this allocation", readable_bytes(result["predicted_bytes"]), f"{result['predicted_loss']:.4g}")
     totals = {
-        "budget": readable_bytes(result["budget"]),
+        "budget": _measured(result["budget"], result["measure"]),
+        "taken": _measured(result["cost"], result["measure"]),
         "bits per weight": f"{result['bits_per_weight']:.3f} of these linears, scales included",
         "loss": result["loss_meaning"],
     }
     if searched := result["searched_kl"]:
         totals["search"] = f"KL {searched['before']:.4f} before, {searched['after']:.4f} after, in nats per token"
     return Group(table, "", losses, "", facts(totals))
+
+
+def _measured(amount: int, measure: str) -> str:
+    """An amount of bytes, of parameters, or of nanoseconds."""
+    if measure == "bytes":
+        return readable_bytes(amount)
+    return f"{amount:,} parameters" if measure == "parameters" else f"{amount / 1e6:.2f} ms per token"
 
 
 def sparsities(result: Mapping[str, Any]) -> Group:

@@ -78,6 +78,13 @@ def allocate(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="a new file for the recipe")],
     budget: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="of the whole model: 80MB")] = None,
     bits: Annotated[float | None, typer.Option(min=0, help="per weight of the linears, scales included")] = None,
+    params: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="weights that are not zero, of the model: 100M")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(min=0, metavar="MS", help="milliseconds for a decoded token on this machine")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(min=0, help="over the dense model, likewise")] = None,
     choices: Annotated[
         str,
         typer.Option(
@@ -109,6 +116,9 @@ def allocate(
             chosen,
             budget=budget,
             bits=bits,
+            params=params,
+            latency=latency,
+            speedup=speedup,
             choices=choices,
             by=by.value,
             generations=generations,

@@ -20,7 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,25 +67,33 @@ def step_times(
 
     measure  what is asked where the table has no answer; on this machine by default
     """
-    path = cache_directory() / "latency.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    machine = _machine()
     words = [{key: value for key, value in config.items() if key not in _LEFT_OUT} for config in configs]
+
+    def made() -> dict[str, Any]:
+        found = (measure or _Measuring(trust_remote_code))(configs)
+        times = zip(_rising([one.block for one in found]), _rising([one.head for one in found]), strict=True)
+        parameters = [layout_of(config, trust_remote_code=trust_remote_code).parameters for config in configs]
+        points = [
+            {"parameters": count, "block": block, "head": head}
+            for count, (block, head) in zip(parameters, times, strict=True)
+        ]
+        return {"model": configs[0].get("model_type"), "points": points}
+
+    return [StepTime(point["block"], point["head"]) for point in remembered(words, made)["points"]]
+
+
+def remembered(words: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What `make` measures on this machine, from the table if it is there; `words`, for JSON, say what it is."""
+    path = cache_directory() / "latency.json"
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    machine = _machine()
     key = hashlib.sha256(json.dumps([machine, words], sort_keys=True, default=str).encode()).hexdigest()[:20]
     if key not in table:
-        made = (measure or _Measuring(trust_remote_code))(configs)
-        times = [
-            StepTime(*pair)
-            for pair in zip(_rising([t.block for t in made]), _rising([t.head for t in made]), strict=True)
-        ]
-        points = [
-            {"parameters": layout_of(config, trust_remote_code=trust_remote_code).parameters, **asdict(one)}
-            for config, one in zip(configs, times, strict=True)
-        ]
-        table[key] = {"machine": machine, "model": configs[0].get("model_type"), "points": points}
+        table[key] = {"machine": machine, **make()}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_bytes(path, (json.dumps(table, indent=1) + "\n").encode())
-    return [StepTime(point["block"], point["head"]) for point in table[key]["points"]]
+    found: Mapping[str, Any] = table[key]
+    return found
 
 
 def machine_words() -> str:

@@ -1,4 +1,4 @@
-"""Bits for every linear under a budget of bytes: which choices there are, what they cost, the recipe that comes out.
+"""Who gets how much under one budget: which choices there are, what they cost, the recipe that comes out.
 
 The outcome is an ordinary recipe whose steps name their targets. Linears that engines merge (q, k, v; gate, up) and the
 experts of a block share a choice. Everything that can be refused is refused before a weight is read.
@@ -24,6 +24,7 @@ from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.choices import Choice
 from penjing.pipeline.evolution import Database, Mixtures
 from penjing.pipeline.menu import Menu
+from penjing.pipeline.prices import WORDS, Budget, Prices, prices
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.sensitivity import PROBE_LENGTH, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.text import TextSource
@@ -61,13 +62,17 @@ MEANINGS: Mapping[Sensitivity, str] = {
 
 @dataclass(frozen=True)
 class Share:
-    """One unit: what it got, and what the other choices would have cost. All lists run over the choices."""
+    """One unit: what it got, and what the other choices would have cost. All lists run over the choices.
+
+    costs  in the measure of the budget
+    """
 
     modules: tuple[str, ...]
     parameters: int
     chosen: int
     bytes: tuple[int, ...]
     losses: tuple[float, ...]
+    costs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -75,20 +80,31 @@ class Allocation:
     """The recipe that spends a budget best, and what led to it.
 
     recipe   ordinary, ready for `compress`
-    plan     what it will do; `plan.bytes` is at most `budget`
+    plan     what it will do
+    prices   the budget and what everything costs in its measure; `cost` is at most `budget`
     by       how losses were estimated: nats per token for `gradient` and `kl`, a ratio for `output`
     refined  measured KL of the knapsack's mixture and of what the search made of it; None without a search
-    uniform  whether the format and the budget allow a choice everywhere: its bytes, by choice
+    uniform  bytes of the model with one choice everywhere, by choice
     """
 
     recipe: Recipe
     plan: Plan
-    budget: int
+    prices: Prices
     by: Sensitivity
     choices: tuple[Choice, ...]
     shares: tuple[Share, ...]
     uniform: tuple[int, ...]
     refined: tuple[float, float] | None = None
+
+    @property
+    def budget(self) -> int:
+        """What the whole model may take, in the measure of the prices: bytes, parameters or nanoseconds."""
+        return self.prices.limit
+
+    @property
+    def cost(self) -> int:
+        """What it takes."""
+        return self.prices.fixed + sum(share.costs[share.chosen] for share in self.shares)
 
     @property
     def bits(self) -> float:
@@ -119,14 +135,17 @@ class Allocation:
             "by": self.by,
             "loss_meaning": MEANINGS[self.by],
             "choices": names,
+            "measure": self.prices.measure,
             "budget": self.budget,
+            "cost": self.cost,
             "predicted_bytes": self.plan.bytes,
             "bits_per_weight": self.bits,
             "predicted_loss": self.loss,
             "searched_kl": None if self.refined is None else dict(zip(("before", "after"), self.refined, strict=True)),
             "uniform": [
-                {"choice": name, "bytes": size, "loss": self.uniform_loss(number), "fits": size <= self.budget}
-                for number, (name, size) in enumerate(zip(names, self.uniform, strict=True))
+                {"choice": name, "bytes": size, "cost": cost, "loss": self.uniform_loss(number)}
+                | {"fits": cost <= self.budget}
+                for number, (name, size, cost) in enumerate(zip(names, self.uniform, self.prices.totals, strict=True))
             ],
             "units": [
                 {
@@ -146,8 +165,7 @@ def allocate(
     layout: Layout,
     recipe: Recipe,
     *,
-    budget: int | str | None,
-    bits: float | None,
+    budget: Budget,
     choices: Sequence[Choice],
     by: Sensitivity,
     search: Search,
@@ -159,7 +177,8 @@ def allocate(
     Raises PlanError before anything is measured when no answer is possible.
     """
     menu = Menu.open(checkpoint, layout, recipe, choices)
-    limit = menu.limit(None if budget is None else read_bytes(budget), bits)
+    price = prices(menu, budget)
+    room = price.limit - price.fixed
     tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
     rewriting = menu.whole.rewriting
     source = checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate")
@@ -169,7 +188,7 @@ def allocate(
         walk = SensitivityWalk(
             source,
             menu.layout,
-            Question(menu.units, menu.plans, by, menu.nearest(limit)),
+            Question(menu.units, menu.plans, by, price.nearest()),
             tokens,
             dtype=compute_dtype(),
             progress=progress,
@@ -177,7 +196,7 @@ def allocate(
             trust_remote_code=trust_remote_code,
         )
         losses = walk.run()
-        chosen = knapsack(menu.sizes, losses, limit - menu.fixed)
+        chosen = knapsack(price.costs, losses, room)
         if search.generations:
             stages = [tokens[:count, :PROBE_LENGTH] for count in SEARCH_WINDOWS]
             mixtures = Mixtures(walk.stream, menu.units, [choice.dense for choice in choices], database, stages)
@@ -185,17 +204,17 @@ def allocate(
             def report(generation: int, loss: float) -> None:
                 progress("search", generation + 1, search.generations, f"KL {loss:.4f}")
 
-            best, *refinement = evopress(chosen, menu.sizes, limit - menu.fixed, mixtures.losses, search, report)
+            best, *refinement = evopress(chosen, price.costs, room, mixtures.losses, search, report)
             chosen = list(best)
     final = menu.assemble(chosen)
     if final is None:
-        raise PlanError(f"every linear fits in {limit:,} bytes as it is; there is nothing to do")
+        raise PlanError(f"every linear fits in {price.limit:,} {WORDS[price.measure]} as it is; there is nothing to do")
     bits_per_weight = 8 * sum(sizes[option] for sizes, option in zip(menu.sizes, chosen, strict=True)) / menu.weights
     final = final.model_copy(update={"summary": f"{bits_per_weight:.3f} bits per weight, allocated by {by} loss"})
     shares = [
-        Share(unit, sum(menu.layout.by_name[name].parameters for name in unit), option, sizes, tuple(costs))
-        for unit, option, sizes, costs in zip(menu.units, chosen, menu.sizes, losses, strict=True)
+        Share(unit, sum(menu.layout.by_name[name].parameters for name in unit), option, sizes, tuple(costs), paid)
+        for unit, option, sizes, costs, paid in zip(menu.units, chosen, menu.sizes, losses, price.costs, strict=True)
     ]
     plan = make_plan(checkpoint, layout, final)
     refined = None if refinement is None else (refinement[0], refinement[1])
-    return Allocation(final, plan, limit, by, tuple(choices), tuple(shares), tuple(menu.totals), refined)
+    return Allocation(final, plan, price, by, tuple(choices), tuple(shares), tuple(menu.totals), refined)

@@ -28,6 +28,7 @@ class Menu:
     plans    per choice, the model with that choice in every unit; None: everything stays as it is
     sizes    bytes by unit and choice
     fixed    bytes of everything outside the units
+    config   config.json of the model
     """
 
     whole: Plan
@@ -37,6 +38,7 @@ class Menu:
     plans: tuple[Plan | None, ...]
     sizes: tuple[tuple[int, ...], ...]
     fixed: int
+    config: Mapping[str, Any]
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, layout: Layout, recipe: Recipe, choices: Sequence[Choice]) -> Menu:
@@ -48,14 +50,15 @@ class Menu:
         if len(choices) < 2:
             raise PlanError("there is nothing to choose: give two or more choices, such as 2,3,4,6,8")
         whole = make_plan(checkpoint, layout, recipe)
-        if whole.drop:
+        if whole.drop or whole.before is not None:
             raise PlanError(
-                "a recipe that removes blocks cannot be allocated; remove them in a run of their own, first"
+                "a recipe that removes blocks or makes another model cannot be allocated; do that in a run of its own, "
+                "first"
             )
         inside = whole.layout
         varied = _varied(recipe, inside, choices)
         names = [name for number in varied for name in _in_blocks(recipe.steps[number], inside)]
-        least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0)
+        least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0, checkpoint.config)
         plans = []
         for choice in choices:
             wanted = least._assemble(dict.fromkeys(names, choice))
@@ -70,7 +73,7 @@ class Menu:
             for unit in units
         )
         fixed = whole.bytes - sum(row.bytes for row in whole.rows if row.module.name in set(names))
-        return cls(whole, tuple(choices), varied, units, tuple(plans), sizes, fixed)
+        return cls(whole, tuple(choices), varied, units, tuple(plans), sizes, fixed, checkpoint.config)
 
     @property
     def layout(self) -> Layout:
@@ -92,19 +95,11 @@ class Menu:
         """Parameters of the units."""
         return sum(self.layout.by_name[name].parameters for unit in self.units for name in unit)
 
-    def nearest(self, limit: int) -> int:
-        """The largest choice that fits everywhere within `limit` bytes; the smallest of all if none does."""
-        totals = self.totals
-        fitting = [choice for choice, size in enumerate(totals) if size <= limit]
-        return max(fitting, key=totals.__getitem__) if fitting else totals.index(min(totals))
-
     def limit(self, budget: int | None, bits: float | None) -> int:
         """The budget in bytes of the whole model. Raises PlanError when no mixture of choices fits.
 
         bits  per weight of the units, with everything stored for them
         """
-        if (budget is None) == (bits is None):
-            raise PlanError("give the budget either in bytes (of the whole model) or in bits (per weight allocated)")
         limit = self.fixed + int(self.weights * bits / 8) if bits is not None else budget or 0
         least = self.fixed + sum(map(min, self.sizes))
         if least > limit:

@@ -249,7 +249,7 @@ class SensitivityWalk:
             kept, result = None, None
             for step in self._steps(choice, prefix + names[0]):
                 given = LinearInput(stacked, statistics[names[0]], kept, self._storage_dtype(choice), parts)
-                result = factors.apply(partial(_run, step), given, result)
+                result = factors.apply(partial(run_step, step), given, result)
                 kept = result.kept if isinstance(result, Masked) else kept
                 stacked = result.dense().float()
             done |= zip(names, stacked.split([rows for _, rows in parts]), strict=True)
@@ -292,7 +292,8 @@ class SensitivityWalk:
         self.progress("measure divergences", len(tokens), len(tokens), "")
 
 
-def _run(step: Step, given: LinearInput) -> Representation:
+def run_step(step: Step, given: LinearInput) -> Representation:
+    """What a step of one linear makes of it."""
     return step.definition.linear(given, step.options)  # type: ignore[misc]
 
 
