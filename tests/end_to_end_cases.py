@@ -251,6 +251,7 @@ CUT: dict[str, Case] = {
     "angular-layers, replaceme": Case(
         (step("angular-layers", drop=1), step("replaceme", drop=1)), "dense", "gpt2", {"layers": 4}
     ),
+    "named-blocks, rtn": Case((step("named-blocks", blocks=[1]), four("rtn")), "native", "qwen2", {"layers": 3}),
     "greedy-layers": Case((step("greedy-layers", drop=1, windows=1),), "dense", "gemma3", {"layers": 3}),
 }
 """Smaller models, which load like any other."""

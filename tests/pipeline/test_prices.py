@@ -70,7 +70,7 @@ def stand_in(menu: Menu) -> LinearTimes:
         for choice, plan in enumerate(rows):
             rank = plan[name].scheme.rank if name in plan else 0
             found[name, choice] = rank * sum(shape) if rank else shape[0] * shape[1]
-    return LinearTimes(menu.layout.parameters, found)
+    return LinearTimes(menu.layout.parameters, menu.layout.head.parameters, found)
 
 
 def test_a_budget_of_time(tiny_model: Any, short: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_the_cheapest_where_nothing_fits() -> None:
 
 
 def test_refusals(tiny_model: Any, short: dict[str, Any]) -> None:
-    menu = menu_of(tiny_model("llama"), recipe(short, RTN))
+    menu = menu_of(tiny_model("llama"), recipe(short, RTN), "dense,4")
     for limits, words in (
         ({"params": "1K"}, r"1,000 parameters .* too small: .* takes [\d,]+; [\d,]+ of them are not up for choice"),
         ({"speedup": 2.0}, r"write `format: native`"),

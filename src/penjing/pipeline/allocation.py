@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError
+from penjing.methods.allocation.blocks import knapsack_of_blocks
 from penjing.methods.allocation.evopress import Search, evopress
 from penjing.methods.allocation.knapsack import knapsack
 from penjing.models.layout import Layout
@@ -24,9 +26,11 @@ from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.choices import Choice
 from penjing.pipeline.evolution import Database, Mixtures
 from penjing.pipeline.menu import Menu
-from penjing.pipeline.prices import WORDS, Budget, Prices, prices
+from penjing.pipeline.prices import WORDS, Budget, Prices, blocks_of, prices
+from penjing.pipeline.removals import losses_without
 from penjing.pipeline.rewritten import RewrittenCheckpoint
-from penjing.pipeline.sensitivity import PROBE_LENGTH, Question, Sensitivity, SensitivityWalk
+from penjing.pipeline.sensitivity import PROBE_LENGTH, PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
+from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import TextSource
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
@@ -65,6 +69,7 @@ class Share:
     """One unit: what it got, and what the other choices would have cost. All lists run over the choices.
 
     costs  in the measure of the budget
+    gone   its block was removed, and `chosen` means nothing
     """
 
     modules: tuple[str, ...]
@@ -73,6 +78,7 @@ class Share:
     bytes: tuple[int, ...]
     losses: tuple[float, ...]
     costs: tuple[int, ...]
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Allocation:
     by       how losses were estimated: nats per token for `gradient` and `kl`, a ratio for `output`
     refined  measured KL of the knapsack's mixture and of what the search made of it; None without a search
     uniform  bytes of the model with one choice everywhere, by choice
+    removed  blocks that go, and the loss of the model without each
     """
 
     recipe: Recipe
@@ -95,6 +102,12 @@ class Allocation:
     shares: tuple[Share, ...]
     uniform: tuple[int, ...]
     refined: tuple[float, float] | None = None
+    removed: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> list[Share]:
+        """Units of the blocks that stay."""
+        return [share for share in self.shares if not share.gone]
 
     @property
     def budget(self) -> int:
@@ -104,19 +117,18 @@ class Allocation:
     @property
     def cost(self) -> int:
         """What it takes."""
-        return self.prices.fixed + sum(share.costs[share.chosen] for share in self.shares)
+        gone = sum(self.prices.rests[block] for block in self.removed)
+        return self.prices.fixed - gone + sum(share.costs[share.chosen] for share in self.kept)
 
     @property
     def bits(self) -> float:
         """Bits per weight of the linears that were allocated, with scales and all else that is stored for them."""
-        return (
-            8 * sum(share.bytes[share.chosen] for share in self.shares) / sum(share.parameters for share in self.shares)
-        )
+        return 8 * sum(share.bytes[share.chosen] for share in self.kept) / sum(share.parameters for share in self.kept)
 
     @property
     def loss(self) -> float:
-        """Predicted: the sum of the losses of all units."""
-        return sum(share.losses[share.chosen] for share in self.shares)
+        """Predicted: the sum of the losses of all units, and of the blocks that go."""
+        return sum(share.losses[share.chosen] for share in self.kept) + sum(self.removed.values())
 
     def uniform_loss(self, choice: int) -> float:
         """Predicted for one choice everywhere."""
@@ -134,7 +146,8 @@ class Allocation:
             "format": self.recipe.format,
             "by": self.by,
             "loss_meaning": MEANINGS[self.by],
-            "choices": names,
+            "choices": names + ["drop"] * bool(self.prices.rests),
+            "removed_blocks": {str(block): loss for block, loss in self.removed.items()},
             "measure": self.prices.measure,
             "budget": self.budget,
             "cost": self.cost,
@@ -150,8 +163,8 @@ class Allocation:
             "units": [
                 {
                     "modules": list(share.modules),
-                    "choice": names[share.chosen],
-                    "bytes": share.bytes[share.chosen],
+                    "choice": "drop" if share.gone else names[share.chosen],
+                    "bytes": 0 if share.gone else share.bytes[share.chosen],
                     "losses": dict(zip(names, share.losses, strict=True)),
                 }
                 for share in self.shares
@@ -177,12 +190,12 @@ def allocate(
     Raises PlanError before anything is measured when no answer is possible.
     """
     menu = Menu.open(checkpoint, layout, recipe, choices)
+    if menu.drops and by == "output":
+        raise PlanError("`drop` is judged by the KL divergence of the model without a block; use `by` gradient or kl")
     price = prices(menu, budget)
-    room = price.limit - price.fixed
     tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
     rewriting = menu.whole.rewriting
     source = checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate")
-    refinement = None
     with tempfile.TemporaryDirectory() as folder:
         database = Database(Path(folder))
         walk = SensitivityWalk(
@@ -195,26 +208,81 @@ def allocate(
             store=database.add if search.generations else None,
             trust_remote_code=trust_remote_code,
         )
-        losses = walk.run()
-        chosen = knapsack(price.costs, losses, room)
+        solved = _solve(menu, price, walk.run(), walk.stream, tokens, progress)
         if search.generations:
-            stages = [tokens[:count, :PROBE_LENGTH] for count in SEARCH_WINDOWS]
-            mixtures = Mixtures(walk.stream, menu.units, [choice.dense for choice in choices], database, stages)
-
-            def report(generation: int, loss: float) -> None:
-                progress("search", generation + 1, search.generations, f"KL {loss:.4f}")
-
-            best, *refinement = evopress(chosen, price.costs, room, mixtures.losses, search, report)
-            chosen = list(best)
-    final = menu.assemble(chosen)
+            solved = _refine(solved, menu, price, walk.stream, database, tokens, search, progress)
+    final = menu.assemble(solved.chosen, list(solved.removed))
     if final is None:
         raise PlanError(f"every linear fits in {price.limit:,} {WORDS[price.measure]} as it is; there is nothing to do")
-    bits_per_weight = 8 * sum(sizes[option] for sizes, option in zip(menu.sizes, chosen, strict=True)) / menu.weights
-    final = final.model_copy(update={"summary": f"{bits_per_weight:.3f} bits per weight, allocated by {by} loss"})
-    shares = [
-        Share(unit, sum(menu.layout.by_name[name].parameters for name in unit), option, sizes, tuple(costs), paid)
-        for unit, option, sizes, costs, paid in zip(menu.units, chosen, menu.sizes, losses, price.costs, strict=True)
-    ]
+    shares = tuple(
+        Share(
+            unit,
+            sum(menu.layout.by_name[name].parameters for name in unit),
+            option,
+            sizes,
+            tuple(lost),
+            paid,
+            menu.layout.by_name[unit[0]].block in solved.removed,
+        )
+        for unit, option, sizes, lost, paid in zip(
+            menu.units, solved.chosen, menu.sizes, solved.losses, price.costs, strict=True
+        )
+    )
     plan = make_plan(checkpoint, layout, final)
-    refined = None if refinement is None else (refinement[0], refinement[1])
-    return Allocation(final, plan, price, by, tuple(choices), tuple(shares), tuple(menu.totals), refined)
+    found = Allocation(final, plan, price, by, menu.choices, shares, menu.totals, solved.refined, dict(solved.removed))
+    summary = f"{found.bits:.3f} bits per weight, allocated by {by} loss"
+    return replace(found, recipe=final.model_copy(update={"summary": summary}))
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Losses by unit and choice, the choice of every unit, blocks that go with the loss without each."""
+
+    losses: Sequence[Sequence[float]]
+    chosen: Sequence[int]
+    removed: Mapping[int, float]
+    refined: tuple[float, float] | None = None
+
+
+def _solve(
+    menu: Menu,
+    price: Prices,
+    losses: Sequence[Sequence[float]],
+    stream: StreamedModel,
+    tokens: Tensor,
+    progress: Callable[[str, int, int, str], None],
+) -> _Solved:
+    """The exact solution; the losses of removals are measured first where blocks may go."""
+    if not menu.drops:
+        return _Solved(losses, knapsack(price.costs, losses, price.limit - price.fixed), {})
+    without = losses_without(stream, tokens[:PROBE_WINDOWS, :PROBE_LENGTH], progress)
+    room = price.limit - price.fixed + sum(price.rests)
+    chosen, gone = knapsack_of_blocks(price.costs, losses, blocks_of(menu, price, without), room)
+    if len(gone) == menu.layout.blocks:
+        raise PlanError(f"within {price.limit:,} {WORDS[price.measure]} no block is worth keeping; raise the budget")
+    return _Solved(losses, chosen, {block: without[block] for block in gone})
+
+
+def _refine(
+    solved: _Solved,
+    menu: Menu,
+    price: Prices,
+    stream: StreamedModel,
+    database: Database,
+    tokens: Tensor,
+    search: Search,
+    progress: Callable[[str, int, int, str], None],
+) -> _Solved:
+    """By trial, among the blocks that stay."""
+    stages = [tokens[:count, :PROBE_LENGTH] for count in SEARCH_WINDOWS]
+    dense = [choice.dense for choice in menu.choices]
+    mixtures = Mixtures(stream, menu.units, dense, database, stages, list(solved.removed))
+    gone = [menu.layout.by_name[unit[0]].block in solved.removed for unit in menu.units]
+    costs = [(0,) if absent else paid for absent, paid in zip(gone, price.costs, strict=True)]
+    room = price.limit - price.fixed + sum(price.rests[block] for block in solved.removed)
+
+    def report(generation: int, loss: float) -> None:
+        progress("search", generation + 1, search.generations, f"KL {loss:.4f}")
+
+    best, before, after = evopress(solved.chosen, costs, room, mixtures.losses, search, report)
+    return replace(solved, chosen=best, refined=(before, after))

@@ -1,4 +1,4 @@
-"""What may become of a unit, in words: `4`, `3g64`, `2:4`, `50%`, `2:4+4g32`, `ternary`, `bcq(bits=2)`, `dense`."""
+"""What may become of a unit, in words: `4`, `3g64`, `2:4`, `50%`, `2:4+4g32`, `bcq(bits=2)`, `dense`, `drop`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from penjing.methods import METHODS
 from penjing.recipe import Step, did_you_mean
 
 _WORDS = re.compile(r"(?P<sparse>\d+:\d+|\d+(?:\.\d+)?%)?(?P<plus>\+)?(?:(?P<bits>\d+)(?:g(?P<group>\d+))?)?")
+
+_DROP = "drop"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Choice:
     def dense(self) -> bool:
         """The unit stays as it is."""
         return self == Choice()
+
+    @property
+    def drops(self) -> bool:
+        """The whole block that the unit is in goes."""
+        return self.method == _DROP
 
     @property
     def step_of_bits(self) -> bool:
@@ -86,13 +93,15 @@ def read_choices(text: str) -> tuple[Choice, ...]:
 def _read(word: str) -> Choice:
     if word == "dense":
         return Choice()
+    if word == _DROP:
+        return Choice(method=_DROP)
     if method := re.fullmatch(r"([a-z][\w-]*)(?:\((.*)\))?", word):
         return _method(word, method[1], method[2] or "")
     match = _WORDS.fullmatch(word)
     if not word or match is None or bool(match["plus"]) != bool(match["sparse"] and match["bits"]):
         raise PlanError(
             f"choice {word!r} is neither bits (3), nor bits and a group size (3g64), nor a sparsity (50%, 2:4) with or "
-            "without bits (2:4+4), nor a method (ternary), nor `dense`"
+            "without bits (2:4+4), nor a method (ternary), nor `dense`, nor `drop`"
         )
     bits, group = (int(match[part]) if match[part] else None for part in ("bits", "group"))
     sparse = match["sparse"] or ""

@@ -49,6 +49,7 @@ class Mixtures:
     units   linears by full name, those that share a choice together
     dense   choices that leave a unit as it is
     stages  windows (S, T) of tokens for every stage of selection
+    gone    blocks that no mixture has
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Mixtures:
         dense: Sequence[bool],
         database: Database,
         stages: Sequence[Tensor],
+        gone: Sequence[int] = (),
     ) -> None:
         self._stream, self._dense, self._database, self._stages = stream, dense, database, stages
         self._layout: Layout = stream.layout
+        self._gone = frozenset(gone)
         self._blocks: list[list[tuple[int, str]]] = [[] for _ in range(self._layout.blocks)]
         for unit, names in enumerate(units):
             for name in names:
@@ -94,6 +97,9 @@ class Mixtures:
             with self._stream.block(index, torch.float32) as block, torch.no_grad():
                 after: dict[tuple[int, ...], Tensor] = {}
                 for assignment, before in prefix.items():
+                    if index in self._gone and assignment is not None:
+                        after[before] = shared[before]
+                        continue
                     chosen = tuple(-1 if assignment is None else assignment[unit] for unit, _ in members)
                     key = (*before, *chosen)
                     prefix[assignment] = key

@@ -42,7 +42,9 @@ class _LayerCutter:
 
     def run(self) -> Mapping[str, Any]:
         task, blocks = self.task, self.task.layout.blocks
-        if self.remake.by_states is not None:
+        if self.remake.named is not None:
+            removed = self.remake.named(self.options)
+        elif self.remake.by_states is not None:
             removed = self.remake.by_states(self._states(), self.options)
         else:
             assert self.remake.by_losses is not None

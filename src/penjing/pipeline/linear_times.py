@@ -39,10 +39,12 @@ class LinearTimes:
     """Whole nanoseconds.
 
     dense   for a token in the whole dense model
+    head    of that, in the output head
     linear  by module and choice; None: dense
     """
 
     dense: int
+    head: int
     linear: Mapping[tuple[str, int | None], int]
 
     def of(self, name: str, choice: int | None) -> int:
@@ -58,7 +60,7 @@ class LinearTimes:
                 "other engines: write `format: native`, or give the budget in bytes or parameters"
             )
         config = {**menu.config, **(menu.whole.rewriting.config if menu.whole.rewriting else {})}
-        dense = step_times([config])[0].of(menu.layout.blocks)
+        (whole,) = step_times([config])
         found: dict[tuple[str, int | None], int] = {}
         for name in (name for unit in menu.units for name in unit):
             shape = menu.layout.by_name[name].shape
@@ -67,7 +69,7 @@ class LinearTimes:
                 mine, plain = _times(plan, row, shape)
                 found[name, choice] = mine
                 found[name, None] = plain
-        return cls(round(1e9 * dense), found)
+        return cls(round(1e9 * whole.of(menu.layout.blocks)), round(1e9 * whole.head), found)
 
 
 def _times(plan: Plan | None, row: PlanRow | None, shape: tuple[int, ...]) -> tuple[int, int]:

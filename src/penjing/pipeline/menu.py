@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -23,6 +24,8 @@ class Menu:
     """Units and choices of a model.
 
     whole    the plan of the recipe as it is
+    choices  for a unit
+    drops    whether a whole block may go instead
     units    linears of the decoder blocks by full name; those that must share a choice together
     varied   numbers of the recipe's steps that the choices replace
     plans    per choice, the model with that choice in every unit; None: everything stays as it is
@@ -33,6 +36,7 @@ class Menu:
 
     whole: Plan
     choices: tuple[Choice, ...]
+    drops: bool
     varied: tuple[int, ...]
     units: tuple[tuple[str, ...], ...]
     plans: tuple[Plan | None, ...]
@@ -49,6 +53,7 @@ class Menu:
         """
         if len(choices) < 2:
             raise PlanError("there is nothing to choose: give two or more choices, such as 2,3,4,6,8")
+        drops, choices = any(one.drops for one in choices), [one for one in choices if not one.drops]
         whole = make_plan(checkpoint, layout, recipe)
         if whole.drop or whole.before is not None:
             raise PlanError(
@@ -58,13 +63,18 @@ class Menu:
         inside = whole.layout
         varied = _varied(recipe, inside, choices)
         names = [name for number in varied for name in _in_blocks(recipe.steps[number], inside)]
-        least = cls(whole, tuple(choices), varied, (tuple(names),), (), (), 0, checkpoint.config)
+        least = cls(whole, tuple(choices), drops, varied, (tuple(names),), (), (), 0, checkpoint.config)
         plans = []
         for choice in choices:
             wanted = least._assemble(dict.fromkeys(names, choice))
             plans.append(None if wanted is None else make_plan(checkpoint, layout, wanted))
         rows = [{row.module.name: row for row in (plan or whole).rows} for plan in plans]
         units = _units(inside, names, whole, [_schemes(plan) for plan in plans])
+        if drops and any(len({inside.by_name[name].block for name in unit}) > 1 for unit in units):
+            raise PlanError(
+                f"`drop` is no choice here: in format {recipe.format} the experts of all blocks share one choice; use "
+                "format native"
+            )
         sizes = tuple(
             tuple(
                 sum(by_name[name].source_bytes if plan is None else by_name[name].bytes for name in unit)
@@ -73,7 +83,7 @@ class Menu:
             for unit in units
         )
         fixed = whole.bytes - sum(row.bytes for row in whole.rows if row.module.name in set(names))
-        return cls(whole, tuple(choices), varied, units, tuple(plans), sizes, fixed, checkpoint.config)
+        return cls(whole, tuple(choices), drops, varied, units, tuple(plans), sizes, fixed, checkpoint.config)
 
     @property
     def layout(self) -> Layout:
@@ -95,41 +105,29 @@ class Menu:
         """Parameters of the units."""
         return sum(self.layout.by_name[name].parameters for unit in self.units for name in unit)
 
-    def limit(self, budget: int | None, bits: float | None) -> int:
-        """The budget in bytes of the whole model. Raises PlanError when no mixture of choices fits.
-
-        bits  per weight of the units, with everything stored for them
-        """
-        limit = self.fixed + int(self.weights * bits / 8) if bits is not None else budget or 0
-        least = self.fixed + sum(map(min, self.sizes))
-        if least > limit:
-            raise PlanError(
-                f"a budget of {limit:,} bytes is too small: with the smallest choices everywhere the model takes "
-                f"{least:,} bytes ({8 * (least - self.fixed) / self.weights:.3f} bits per weight of the linears); "
-                f"{self.fixed:,} of them are not up for choice (embeddings, norms and the like)"
-            )
-        return limit
-
-    def assemble(self, chosen: Sequence[int]) -> Recipe | None:
-        """The recipe that gives every unit its choice; None when it has nothing left to do."""
+    def assemble(self, chosen: Sequence[int], gone: Sequence[int] = ()) -> Recipe | None:
+        """The recipe that gives every unit its choice, without the blocks `gone`; None when it has nothing to do."""
         return self._assemble(
-            {name: self.choices[option] for unit, option in zip(self.units, chosen, strict=True) for name in unit}
+            {name: self.choices[option] for unit, option in zip(self.units, chosen, strict=True) for name in unit}, gone
         )
 
-    def _assemble(self, assignment: Mapping[str, Choice]) -> Recipe | None:
+    def _assemble(self, assignment: Mapping[str, Choice], gone: Sequence[int] = ()) -> Recipe | None:
         steps: list[dict[str, Any]] = []
+        if gone:
+            steps.append({"method": "named-blocks", "blocks": list(gone)})
         for number, step in enumerate(self.recipe.steps):
-            if number not in self.varied:
+            if step.definition.on_model or (number not in self.varied and not gone):
                 steps.append(step.as_dict())
                 continue
-            names = selected(step, self.layout)
-            outside = [name for name in names if name not in assignment]
+            names = [name for name in selected(step, self.layout) if self.layout.by_name[name].block not in gone]
+            outside = [name for name in names if number not in self.varied or name not in assignment]
             if outside:
-                steps.append(step.as_dict() | {"targets": outside, "ignore": []})
-            for choice in self.choices:
+                keys = {"targets": self._targets(outside, gone) if gone else outside, "ignore": []}
+                steps.append(step.as_dict() | keys)
+            for choice in self.choices if number in self.varied else ():
                 members = [name for name in names if assignment.get(name) == choice]
                 if members and not choice.dense:
-                    steps.append(self._step(step, choice, members))
+                    steps.append(self._step(step, choice, members, gone))
         if not steps:
             return None
         try:
@@ -137,15 +135,35 @@ class Menu:
         except RecipeError as error:
             raise PlanError(f"a choice does not suit the recipe: {error}") from error
 
-    def _step(self, step: Step, choice: Choice, names: Sequence[str]) -> dict[str, Any]:
+    def _targets(self, names: Sequence[str], gone: Sequence[int]) -> list[str]:
+        """What a step applies to, in the numbers that blocks have when some are gone."""
+        return targets_for(self.layout, names, partial(_renumbered, self.layout, gone))
+
+    def _step(self, step: Step, choice: Choice, names: Sequence[str], gone: Sequence[int]) -> dict[str, Any]:
         keys = choice.step(step)
         if step.activations is not None and keys["method"] != step.method:
             keys |= {"activations": step.as_dict()["activations"]}
-        return keys | {"targets": targets_for(self.layout, names), "ignore": []}
+        return keys | {"targets": self._targets(names, gone), "ignore": []}
 
 
-def targets_for(layout: Layout, names: Sequence[str]) -> list[str]:
-    """The `targets` of a step that applies to these modules and to no others."""
+def _renumbered(layout: Layout, gone: Sequence[int], name: str) -> str | None:
+    """The name of a module in the model without some blocks; None: it went with its block."""
+    index = layout.by_name[name].block
+    if index is None:
+        return name
+    if index in gone:
+        return None
+    before = layout.block_name(index)
+    return layout.block_name(index - sum(other < index for other in gone)) + name.removeprefix(before)
+
+
+def targets_for(
+    layout: Layout, names: Sequence[str], renamed: Callable[[str], str | None] = lambda name: name
+) -> list[str]:
+    """The `targets` of a step that applies to these modules and to no others.
+
+    renamed  what a module is called in the model that the step is applied to; None where it is not there
+    """
     chosen = set(names)
     others = [
         module.name
@@ -153,7 +171,8 @@ def targets_for(layout: Layout, names: Sequence[str]) -> list[str]:
         if module.name not in chosen
         and (module.kind in ("linear", "embedding", "head") or module.name in (layout.never or {}))
     ]
-    return patterns(names, others)
+    here, elsewhere = ([new for name in group if (new := renamed(name)) is not None] for group in (names, others))
+    return patterns(here, elsewhere)
 
 
 def _varied(recipe: Recipe, layout: Layout, choices: Sequence[Choice]) -> tuple[int, ...]:

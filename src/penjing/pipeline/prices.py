@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from penjing.errors import PlanError
+from penjing.methods.allocation.blocks import Block
 from penjing.methods.pruning.sizes import parse_count
 from penjing.pipeline.linear_times import LinearTimes
 from penjing.pipeline.menu import Menu
@@ -63,12 +64,16 @@ class Prices:
     costs  by unit and choice
     fixed  of everything else
     limit  that all of it may take together
+    rests  by block, the part of `fixed` that goes with it; empty where no block may go
+    weights  number of weights; bytes are also said as bits of each; None in other measures
     """
 
     measure: Measure
     costs: tuple[tuple[int, ...], ...]
     fixed: int
     limit: int
+    rests: tuple[int, ...] = ()
+    weights: int | None = None
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -83,21 +88,29 @@ class Prices:
 
 def prices(menu: Menu, budget: Budget, times: Callable[[Menu], LinearTimes] = LinearTimes.measured) -> Prices:
     """The costs of all choices, and the limit. Raises PlanError naming the least that can be reached."""
+    layout, inside = menu.layout, {name for unit in menu.units for name in unit}
+    others = [[m for m in layout.of_block(index) if m.name not in inside] for index in range(layout.blocks)]
     if budget.bytes is not None or budget.bits is not None:
-        return Prices("bytes", menu.sizes, menu.fixed, menu.limit(budget.bytes, budget.bits))
+        room = menu.fixed + int(menu.weights * (budget.bits or 0) / 8)
+        size = {row.module.name: row.bytes for row in menu.whole.rows}
+        found = Prices("bytes", menu.sizes, menu.fixed, room if budget.bytes is None else budget.bytes)
+        return _possible(replace(found, weights=menu.weights), menu, [sum(size[m.name] for m in b) for b in others])
     if budget.params is not None:
         costs = tuple(
             tuple(map(sum, zip(*(_weights(menu, name) for name in unit), strict=True))) for unit in menu.units
         )
-        return _possible(Prices("parameters", costs, menu.layout.parameters - menu.weights, parse_count(budget.params)))
+        fixed = layout.parameters - sum(layout.by_name[name].parameters for name in inside)
+        found = Prices("parameters", costs, fixed, parse_count(budget.params))
+        return _possible(found, menu, [sum(module.parameters for module in block) for block in others])
     table = times(menu)
     costs = tuple(
         tuple(sum(table.of(name, choice) for name in unit) for choice in range(len(menu.choices)))
         for unit in menu.units
     )
-    fixed = max(0, table.dense - sum(table.of(name, None) for unit in menu.units for name in unit))
+    fixed = max(table.head, table.dense - sum(table.of(name, None) for name in inside))
     limit = 1e6 * budget.latency if budget.latency is not None else table.dense / (budget.speedup or 1)
-    return _possible(Prices("latency", costs, fixed, int(limit)))
+    found = Prices("latency", costs, fixed, int(limit))
+    return _possible(found, menu, [(fixed - table.head) // layout.blocks] * layout.blocks)
 
 
 def _weights(menu: Menu, name: str) -> list[int]:
@@ -114,11 +127,32 @@ def _stored(row: PlanRow | None, shape: tuple[int, ...]) -> int:
     return round(weights * (1 - scheme.sparsity)) + scheme.correction * sum(shape)
 
 
-def _possible(found: Prices) -> Prices:
-    least = found.fixed + sum(map(min, found.costs))
+def blocks_of(menu: Menu, found: Prices, losses: Sequence[float]) -> list[Block]:
+    """The blocks of a model, for the knapsack; `losses` of the model without each of them."""
+    owner = [menu.layout.by_name[unit[0]].block for unit in menu.units]
+    return [
+        Block(tuple(unit for unit, block in enumerate(owner) if block == index), rest, loss)
+        for index, (rest, loss) in enumerate(zip(found.rests, losses, strict=True))
+    ]
+
+
+def _possible(found: Prices, menu: Menu, rests: Sequence[int]) -> Prices:
+    """The prices, with what goes with each block where blocks may go. Raises PlanError when nothing fits."""
+    cheapest = [min(costs) for costs in found.costs]
+    least, how = found.fixed + sum(cheapest), "with the smallest choices everywhere"
+    if menu.drops:
+        found = replace(found, rests=tuple(rests))
+        alone = [
+            block.rest + sum(cheapest[u] for u in block.units) for block in blocks_of(menu, found, [0.0] * len(rests))
+        ]
+        least, how = found.fixed - sum(rests) + min(alone), "with one block left and the smallest choices in it"
     if least > found.limit:
+        bits = ""
+        if found.weights is not None:
+            bits = f" ({8 * (least - found.fixed) / found.weights:.3f} bits per weight of the linears)"
         raise PlanError(
-            f"a budget of {found.limit:,} {WORDS[found.measure]} is too small: with the smallest choices everywhere "
-            f"the model takes {least:,}; {found.fixed:,} of them are not up for choice (embeddings, norms and the like)"
+            f"a budget of {found.limit:,} {WORDS[found.measure]} is too small: {how} the model takes {least:,} "
+            f"{found.measure if found.measure != 'latency' else 'ns'}{bits}; {found.fixed:,} of them are not up for "
+            "choice (embeddings, norms and the like)"
         )
     return found

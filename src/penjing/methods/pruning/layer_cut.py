@@ -11,6 +11,7 @@ from torch import Tensor
 from penjing.methods.base import Remake
 from penjing.methods.pruning.angular_layers import RunOptions, nearest_run
 from penjing.methods.pruning.greedy_layers import GreedyOptions, greedy
+from penjing.methods.pruning.named_blocks import NamedOptions, config_without
 from penjing.methods.pruning.replaceme import ReplaceMeOptions, transform
 from penjing.models.couplings import find_couplings
 from penjing.models.layout import Layout
@@ -22,13 +23,15 @@ Losses = Callable[[Sequence[int]], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCut(Remake):
-    """A model with fewer blocks; one of the first two says which go.
+    """A model with fewer blocks; one of the first three says which go.
 
+    named      the options -> blocks to remove
     by_states  hidden states between blocks, fp32 (L + 1, T, D), and the options -> blocks to remove
     by_losses  number of blocks, the options, and losses -> blocks to remove
     bridge     M^T M and M^T (L - Y) of the MLP before the run that goes (see replaceme.py) -> T (D, D)
     """
 
+    named: Callable[[Any], list[int]] | None = None
     by_states: Callable[[Tensor, Any], list[int]] | None = None
     by_losses: Callable[[int, Any, Losses], list[int]] | None = None
     bridge: Callable[[Tensor, Tensor, Any], Tensor] | None = None
@@ -82,6 +85,11 @@ def _bridge(gram: Tensor, cross: Tensor, options: ReplaceMeOptions) -> Tensor:
     return transform(gram, cross, ridge=options.ridge)
 
 
+def _listed(options: NamedOptions) -> list[int]:
+    return list(options.blocks)
+
+
+NAMED = LayerCut(config=config_without, keeps_zeros=lambda options: False, named=_listed)
 ANGULAR = LayerCut(config=_shorter, keeps_zeros=lambda options: False, by_states=_nearest)
 GREEDY = LayerCut(config=_shorter, keeps_zeros=lambda options: False, by_losses=_greedy)
 REPLACEME = LayerCut(config=_bridged, keeps_zeros=lambda options: False, by_states=_inner_run, bridge=_bridge)

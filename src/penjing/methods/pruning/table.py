@@ -13,6 +13,7 @@ from penjing.methods.pruning import (
     layer_cut,
     lottery_ticket,
     magnitude,
+    named_blocks,
     replaceme,
     shortgpt,
     sparsegpt,
@@ -90,6 +91,13 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2505.02819",
         options=replaceme.ReplaceMeOptions,
         remake=layer_cut.REPLACEME,
+    ),
+    Method(
+        name="named-blocks",
+        summary="remove the blocks that a list names, as a search or an allocation found them",
+        paper="arXiv:2410.14649",
+        options=named_blocks.NamedOptions,
+        remake=layer_cut.NAMED,
     ),
     Method(
         name="neurons",
