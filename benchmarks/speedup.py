@@ -51,8 +51,8 @@ def main() -> None:
     for name in (name for name in options.only if name not in result["runs"]):
         result["runs"][name] = measured(STEPS[name] | {"speedup": options.speedup}, options)
         result["protocol"] = (
-            f"transformers, float32, batch 1, {PROMPT} tokens read, {STEPS_PER_ROUND} decoded by one model and then by the "
-            f"other, {ROUNDS} times; quartiles of the ratio of each round"
+            f"transformers, float32, batch 1, {PROMPT} tokens read, {STEPS_PER_ROUND} decoded by one model and then by "
+            f"the other, {ROUNDS} times; median and quartiles of the ratio of each round"
         )
         result["software"] = Software.here().__dict__
         write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
