@@ -89,7 +89,7 @@ def allocate(
         str,
         typer.Option(
             metavar="LIST",
-            help="bits, also with a group size (3g64); sparsity (50%), also with bits (2:4+4); methods; `dense`",
+            help="bits, also with a group size (3g64); sparsity (50%), also with bits (2:4+4); methods; `dense`; `drop`",
         ),
     ] = "2,3,4,6,8",
     by: Annotated[
@@ -106,7 +106,7 @@ def allocate(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Choose bits for every linear within a budget, by measured losses; writes a recipe for `compress`."""
+    """Choose what every linear becomes within a budget, by measured losses; writes a recipe for `compress`."""
     from penjing import api, tables
 
     chosen = _recipe(recipe, format, data=data, samples=samples, length=length, seed=seed)
