@@ -108,7 +108,7 @@ def test_the_cheapest_where_nothing_fits() -> None:
 def test_refusals(tiny_model: Any, short: dict[str, Any]) -> None:
     menu = menu_of(tiny_model("llama"), recipe(short, RTN), "dense,4")
     for limits, words in (
-        ({"params": "1K"}, r"1,000 parameters .* too small: .* takes [\d,]+; [\d,]+ of them are not up for choice"),
+        ({"params": "1K"}, r"1,000 parameters .* too small: .* takes [\d,]+ parameters; [\d,]+ of them are not up for"),
         ({"speedup": 2.0}, r"write `format: native`"),
         ({"speedup": 2.0, "bytes": 10}, r"either in bytes.*not bytes and speedup"),
         ({}, r"either in bytes"),

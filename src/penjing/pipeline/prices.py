@@ -45,7 +45,7 @@ class Budget:
         given = {key: value for key, value in vars(self).items() if value is not None}
         if len(given) != 1:
             raise PlanError(
-                "give the budget either in bytes (of the whole model), in bits (per weight allocated), in params, as "
+                "give the budget either in bytes (of the whole model) or in bits (per weight allocated), in params, as "
                 "latency (milliseconds per token) or as speedup" + (f"; not {' and '.join(given)}" if given else "")
             )
         if (self.latency is not None and self.latency <= 0) or (self.speedup is not None and self.speedup <= 0):
