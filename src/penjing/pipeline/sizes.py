@@ -41,21 +41,34 @@ def settle(recipe: Recipe, config: Mapping[str, Any], layout: Layout, *, times: 
     A speed-up is over the model that the step is given. Nothing is measured unless one is asked for and the table has
     no answer. Raises PlanError naming the best that can be reached when a size cannot.
     """
-    steps, notes = [], []
-    for step in recipe.steps:
-        options = step.options
-        if isinstance(options, TargetOptions) and (options.speedup or _counts_blocks(options)):
+    steps, notes = list(recipe.steps), []
+    waiting = [number for number, step in enumerate(steps) if _waits(step)]
+    for number in range(waiting[-1] + 1 if waiting else 0):
+        step = steps[number]
+        if number in waiting:
             try:
                 keys, note = _worked_out(step, config, layout, times)
             except ValueError as error:
                 raise PlanError(f"{step.label}: {error}") from error
-            own = {key: value for key, value in step.as_dict().items() if key not in options.targets()}
-            step = load_recipe({"steps": [{**own, **keys}]}).steps[0].model_copy(update={"position": step.position})
+            own = {key: value for key, value in step.as_dict().items() if key not in _TARGETS}
+            plain = load_recipe({"steps": [{**own, **keys}]}).steps[0]
+            steps[number] = plain.model_copy(update={"position": step.position})
             notes.append(f"{step.label}: {note}")
-        steps.append(step)
-        if step is not recipe.steps[-1]:
-            config, layout = _after(step, config, layout)
-    return Settled(recipe.model_copy(update={"steps": tuple(steps)}), tuple(notes)) if notes else Settled(recipe)
+        if number != waiting[-1]:
+            config, layout = _after(steps[number], config, layout)
+    return Settled(recipe.model_copy(update={"steps": tuple(steps)}), tuple(notes))
+
+
+_TARGETS = BlockOptions.targets()
+"""Keys of which a step has one."""
+
+
+def _waits(step: Step) -> bool:
+    """Whether only the model or the machine can tell what a step asks for."""
+    options = step.options
+    if isinstance(options, BlockOptions) and not options.drop:
+        return True
+    return isinstance(options, TargetOptions) and options.speedup is not None
 
 
 def aimed(recipe: Recipe, **targets: float | str | None) -> Recipe:
@@ -76,7 +89,7 @@ def aimed(recipe: Recipe, **targets: float | str | None) -> Recipe:
         raise PlanError(f"{key} {value}: several steps could meet it ({named}); write it into the recipe")
     if not able:
         raise PlanError(f"{key} {value}: {_why_none(recipe)}")
-    chosen, others = able[0], {"sparsity", "params", "speedup", "pattern", "drop"}
+    chosen, others = able[0], {*_TARGETS, "pattern"}
     own = {name: keys for name, keys in chosen.as_dict().items() if name not in others}
     steps = [own | {key: value} if step is chosen else step.as_dict() for step in recipe.steps]
     return load_recipe(recipe.as_dict() | {"steps": steps})
@@ -92,10 +105,6 @@ def _why_none(recipe: Recipe) -> str:
     if zeroing is not None:
         return f"{zeroing.label} makes weights zero, and the model keeps its shape and its speed; {use}"
     return f"no step of the recipe removes anything; {use}, or `penjing allocate` for bits"
-
-
-def _counts_blocks(options: TargetOptions) -> bool:
-    return isinstance(options, BlockOptions) and not options.drop
 
 
 def _after(step: Step, config: Mapping[str, Any], layout: Layout) -> tuple[Mapping[str, Any], Layout]:
