@@ -24,6 +24,7 @@ ORDER = [
     "teachers",
     "evaluation",
     "planning",
+    "mixes",
     "rules",
     "targets",
     "costs",

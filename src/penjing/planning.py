@@ -19,6 +19,7 @@ from penjing.formats import FORMATS, Format, format_of
 from penjing.formats.base import OneFile, WithGraph
 from penjing.methods.base import Rewriting
 from penjing.methods.training import TrainOptions
+from penjing.mixes import written_out
 from penjing.models import layout_of
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.models.shorter import shortened
@@ -60,6 +61,8 @@ class PlanRow:
 class Plan:
     """The resolved job, or one walk of it. `rows` speak of the model before blocks are removed.
 
+    recipe     with mixes of types written out, a step per type
+    told       the recipe as it was given
     layout     of the model that is walked, which is the rewritten one when the recipe rewrites it
     memory     what is in memory at the worst moment of the walk, in bytes, by part
     seconds    forward passes and statistics at the speed of matrix products measured on this machine; what the methods
@@ -70,6 +73,7 @@ class Plan:
 
     label: str
     recipe: Recipe
+    told: Recipe
     layout: Layout
     dtype: torch.dtype
     rows: tuple[PlanRow, ...]
@@ -219,11 +223,12 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     tied = layout.tied
     if (rewriting := _rewriting(recipe, layout)) is not None:
         layout = rewriting.layout
-    assigned = _assign(recipe, layout)
     target = FORMATS[recipe.format]
     if isinstance(target, OneFile | WithGraph):
         final = config if rewriting is None else {**config, **rewriting.config}
         _refuse(target.refusals(layout, final), label, target.name)
+    told, recipe = recipe, written_out(recipe, layout)
+    assigned = _assign(recipe, layout)
     rows = [
         _resolve(module, assigned.get(module.name, ()), recipe, target, dtype, given.get(module.name, DENSE))
         for module in layout.modules
@@ -249,6 +254,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     return Plan(
         label=label,
         recipe=recipe,
+        told=told,
         layout=layout,
         dtype=dtype,
         rows=tuple(rows),

@@ -10,7 +10,7 @@ from penjing.costs import compares
 from penjing.errors import PlanError
 from penjing.formats import Format
 from penjing.models.layout import Layout, ModuleSpec
-from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.scale_search import free_scales
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
 from penjing.statistics import Gram
@@ -71,8 +71,9 @@ def check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence
         )
     if step.definition.tune is not None and (not _has_free_scales(before) or before.activations is not None):
         raise PlanError(
-            f"{label}: it trains scales of integer weights, per group or channel, where inputs are not rounded; put it "
-            "after the step that quantises, without `activations`, and target only what that step targets"
+            f"{label}: it trains plain scales of groups or channels, or what those of K-quants share, where inputs are "
+            "not rounded; put it after the step that quantises, without `activations`, and target only what that step "
+            "targets"
         )
     if step.activations and not (step.definition.linear or step.definition.learn):
         raise PlanError(f"{label}: `activations` belongs to the step that quantises the weights")
@@ -88,10 +89,7 @@ def _takes_factors(step: Step) -> bool:
 
 
 def _has_free_scales(scheme: Scheme) -> bool:
-    if scheme.rank or scheme.correction:
-        return False
-    grid = scheme.grid
-    return isinstance(grid, IntegerGrid) and grid.group_size != "tensor" and not grid.scale_bits
+    return not (scheme.rank or scheme.correction) and free_scales(scheme.grid)
 
 
 _MERGED = ("compressed-tensors", "gptq", "gptq-v2", "awq")

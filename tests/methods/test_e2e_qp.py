@@ -11,6 +11,7 @@ from torch import Tensor
 from penjing.methods.base import ModelTask
 from penjing.methods.quantization.e2e_qp import E2EOptions, Scaled, rate, trainable, tune
 from penjing.methods.quantization.rtn import rtn
+from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Dense, Masked, Representation
 
@@ -77,6 +78,22 @@ def test_pruned_weights_stay_zero():
     task, _ = model(linear=rtn(matrix, GRID, kept=kept))
     result = tune(task, E2EOptions(iterations=5, learning_rate=1e-2), lambda step, loss: None).weights["linear"]
     assert isinstance(result, Masked) and not result.dense()[~kept].any()
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q3_k", "q6_k", "iq4_nl", "q4_0"])
+def test_grids_of_gguf(kind):
+    """Codes, and codes of scales, stay; a file's bytes decode to the result."""
+    weight = rtn(torch.randn(4, 512, generator=torch.Generator().manual_seed(2)), GGUF_GRIDS[kind])
+    scaled = Scaled.of(weight)
+    assert torch.equal(scaled.dense(), weight.dense())
+    with torch.no_grad():
+        scaled.factor.copy_(1 + 0.1 * torch.rand(scaled.factor.shape, generator=torch.Generator().manual_seed(3)))
+    after = scaled.result()
+    assert torch.equal(after.codes, weight.codes) and not torch.equal(after.dense(), weight.dense())
+    torch.testing.assert_close(after.dense(), scaled.dense().detach(), rtol=0, atol=0)
+    if after.scale_codes is not None:
+        assert torch.equal(after.scale_codes.codes, weight.scale_codes.codes)
+        assert torch.equal(after.scale_codes.decode(), after.scale)
 
 
 def test_what_has_no_scales_of_its_own_is_left_alone():

@@ -19,8 +19,19 @@ from penjing.representations import Scheme
 NumberType = Literal[
     "int", "nf4", "fp4", "fp8-e4m3", "fp8-e5m2", "mxfp4", "mxfp8", "nvfp4",
     "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl",
-    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "tq2_0",
+    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "tq2_0", "tq1_0",
+    "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q2_k_m",
 ]  # fmt: skip
+
+MIXES: dict[str, NumberType] = {
+    "q5_k_m": "q5_k",
+    "q4_k_m": "q4_k",
+    "q4_k_s": "q4_k",
+    "q3_k_l": "q3_k",
+    "q3_k_m": "q3_k",
+    "q2_k_m": "q2_k",
+}
+"""Types that stand for several, chosen per tensor when the model is known, and the one that most tensors get."""
 
 SUPER_BLOCK = 256
 """Inputs in a super-block of GGUF."""
@@ -50,7 +61,8 @@ _FLOATS: dict[str, _Float] = {
 
 
 def _fixed_keys(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a type fixes, and what it has unless a recipe says otherwise."""
+    """What a type fixes, and what it has unless a recipe says otherwise. A mix fixes what its commonest type does."""
+    kind = MIXES.get(kind, kind)
     if kind in GGUF_GRIDS:
         grid = GGUF_GRIDS[kind]
         rule = grid.scale_rule if isinstance(grid, IntegerGrid) else "full"
@@ -69,6 +81,7 @@ FALLBACK: dict[str, NumberType] = {
     "q4_k": "iq4_nl",
     "q3_k": "iq4_nl",
     "q2_k": "iq4_nl",
+    "tq1_0": "q4_0",
     "tq2_0": "iq4_nl",
 }
 """Types with blocks of 256, and what a row that does not divide into them gets: the closest in size from blocks of 32
@@ -81,7 +94,8 @@ class TypedGridOptions(GridKeys):
     type: NumberType = Field(
         "int",
         description="what a code stands for: an integer, a quantile (nf4), a 4-bit float as in bitsandbytes (fp4), "
-        "an 8-bit float, a float in groups with a coded scale (mxfp4, mxfp8, nvfp4), or one of GGUF's types (q4_0 ...)",
+        "an 8-bit float, a float in groups with a coded scale (mxfp4, mxfp8, nvfp4), one of GGUF's types (q4_0 ...), "
+        "or a mix of them that is chosen per tensor as llama-quantize does (q4_k_m ...; its Q2_K is q2_k_m)",
     )
     double_quant: bool = Field(False, description="nf4 and fp4: quantise the scales once more, to 8 bits (QLoRA)")
     scale_rounding: ScaleRounding = Field(
@@ -92,8 +106,9 @@ class TypedGridOptions(GridKeys):
 
     fallback: NumberType | None = Field(
         None,
-        description="types with blocks of 256 (q2_k to q6_k, tq2_0): the type of rows that do not divide into them, "
-        "the closest in size from blocks of 32 when not given; the plan and the report name them",
+        description="types with blocks of 256 (q2_k to q6_k, tq1_0, tq2_0) and mixes: the type of rows that do not "
+        "divide into them; when not given the closest in size from blocks of 32, in mixes what llama-quantize gives "
+        "them; the plan and the report name them",
     )
 
     @model_validator(mode="before")
@@ -115,8 +130,9 @@ class TypedGridOptions(GridKeys):
         if self.scale_rounding != "round" and self.type not in ("mxfp4", "mxfp8"):
             raise ValueError(f"`scale_rounding` chooses a power of two; scales of type {self.type} are none")
         small = [kind for kind in GGUF_GRIDS if kind not in FALLBACK]
-        if self.fallback is not None and (self.type not in FALLBACK or self.fallback not in small):
-            raise ValueError(f"`fallback` goes with {', '.join(FALLBACK)} and is one of {', '.join(small)}")
+        large = (*FALLBACK, *MIXES)
+        if self.fallback is not None and (self.type not in large or self.fallback not in small):
+            raise ValueError(f"`fallback` goes with {', '.join(large)} and is one of {', '.join(small)}")
         if self.group_size == "block" and not self.type.startswith("fp8"):
             raise ValueError(f"`group_size: block` ({TILE_ROWS} x {TILE_ROWS}) goes with type fp8-e4m3 or fp8-e5m2")
         return self
@@ -130,7 +146,7 @@ class TypedGridOptions(GridKeys):
     @property
     def fits_group_by_group(self) -> bool:
         """Whether the scale of a group follows from that group alone."""
-        return self.row_wise and self.type != "nvfp4" and self.type not in FALLBACK
+        return self.row_wise and self.type not in ("nvfp4", *FALLBACK, *MIXES)
 
     def _fitting(self, columns: int) -> NumberType:
         """The type of rows of so many inputs."""
@@ -141,11 +157,13 @@ class TypedGridOptions(GridKeys):
     def for_matrix(self, shape: tuple[int, ...], storage_dtype: torch.dtype) -> Self:
         """The same keys, of the type that such rows get."""
         kind = self._fitting(shape[1])
-        if kind == self.type:
-            return self
+        return self if kind == self.type else self.of_type(kind)
+
+    def of_type(self, kind: NumberType, fallback: NumberType | None = None) -> Self:
+        """The same keys, but those that the types fix."""
         fixed, _ = _fixed_keys(self.type)
         kept = {key: value for key, value in self.model_dump(exclude_unset=True).items() if key not in fixed}
-        return type(self).model_validate({**kept, "type": kind, "fallback": None})
+        return type(self).model_validate({**kept, "type": kind, "fallback": fallback})
 
     def remark(self, shape: tuple[int, ...]) -> str:
         """Which type takes the place of one whose blocks do not divide the rows."""
@@ -159,8 +177,8 @@ class TypedGridOptions(GridKeys):
         type says."""
         size = None if self.group_size == "channel" else self.group_size
         kind = _FLOATS.get(self.type)
-        if self.type in GGUF_GRIDS:
-            return GGUF_GRIDS[self.type]
+        if (name := MIXES.get(self.type, self.type)) in GGUF_GRIDS:
+            return GGUF_GRIDS[name]
         if size == "block":
             return FloatGrid(_FLOATS[self.type].element, TILE_ROWS, "plain", scale_dtype, tile_rows=TILE_ROWS)
         if kind is None:

@@ -16,6 +16,7 @@ minima) are whole numbers times one 16-bit number of the super-block.
     q3_k     3     16     6 bits, any sign  none             3.4375
     q2_k     2     16     4 bits            4 bits           2.625
     tq2_0    2     256    fp16, any sign    none             2.0625     all four codes, not only the three of its name
+    tq1_0    -     256    fp16, any sign    none             1.6875     -1, 0 and 1
 
 (Sources: ggml's `ggml-common.h`, and the readers of the gguf package.)
 """
@@ -28,6 +29,7 @@ import torch
 
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.ternary import TernaryGrid
 
 _HALF = torch.float16
 
@@ -44,5 +46,6 @@ GGUF_GRIDS: Mapping[str, ScaledGrid] = {
     "q3_k": IntegerGrid(3, 16, True, "signed-max", _HALF, scale_bits=6),
     "q2_k": IntegerGrid(2, 16, False, "full", _HALF, "minimum", scale_bits=4),
     "tq2_0": IntegerGrid(2, 256, True, "signed-max", _HALF),
+    "tq1_0": TernaryGrid(2, 256, True, "full", _HALF),
 }
 """By the name that llama.cpp gives the type, in lower case."""

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
-from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.grids import Grid, IntegerGrid
 
 ScaleSearch = Literal["none", "weights", "diagonal", "gram"]
 """What candidates are judged by: nothing is searched, errors of the weights as they are, weighed by the mean squares of
@@ -66,6 +66,13 @@ def metric_of_sweep(gram: Tensor, factor: Tensor, visited: Tensor, search: Scale
 def searchable(grid: ScaledGrid) -> bool:
     """Whether scales of `grid` may be any number, so that there is something to look for."""
     return isinstance(grid, IntegerGrid) or grid.element == "iq4_nl"
+
+
+def free_scales(grid: Grid | None) -> bool:
+    """Whether every scale on `grid` may be any number by itself, or, where scales are whole numbers times one number
+    per super-block, that one may."""
+    plain = isinstance(grid, FloatGrid) and grid.scale == "plain" and grid.tile_rows == 1
+    return (isinstance(grid, IntegerGrid) or plain) and grid is not None and grid.group_size != "tensor"
 
 
 def part_of(metric: Tensor | None, columns: Tensor | slice) -> Tensor | None:

@@ -221,7 +221,8 @@ class _Walker:
             self.checkpoint = BlockSubset(self.checkpoint, layout, keep)
             layout = layout_of(self.checkpoint.config, self.checkpoint.specs(), trust_remote_code=trust)
         if self.removed:
-            rest = self.plan.recipe.model_copy(update={"steps": tuple(steps)})
+            told = [step for step in self.plan.told.steps if step.definition.select is None]
+            rest = self.plan.told.model_copy(update={"steps": tuple(told)})
             self.plan = plan_walk(self.checkpoint.label, self.checkpoint.config, layout, rest, {})
         if self.plan.rewriting is not None:
             self.checkpoint = RewrittenCheckpoint(self.checkpoint, self.plan.rewriting, str(steps[0].as_dict()))

@@ -9,9 +9,14 @@ With d a 16-bit float, m another, and q_0 ... q_31 the unsigned codes of a block
     q8_0           d, codes as int8
     mxfp4          biased exponent in one byte, nibbles
     tq2_0          pairs of bits, d        of 256; the byte p of each run of 32 holds q_p, q_{32+p}, q_{64+p}, q_{96+p}
+    tq1_0          fives of trits, d       of 256; 32 bytes for 5 runs of 32 codes, 16 for 5 runs of 16, 4 for 4 of 4
 
 Signed codes of symmetric grids are stored plus 2**(bits-1). A code c of tq2_0 is stored as 1 - c with -d: the file
 counts from -1 to 2, two's complement from -2 to 1.
+
+Five codes t_0 ... t_4 of tq1_0, counted from 0, are the number n = 81 t_0 + 27 t_1 + 9 t_2 + 3 t_3 + t_4, stored as
+ceil(256 n / 243): t_0 is the whole part of byte / 256 * 3, and so on with what is left of it. Where four are stored,
+t_4 is 0.
 
 (Source: ggml's `ggml-common.h`, and the readers of the gguf package.)
 """
@@ -27,6 +32,7 @@ from torch import Tensor
 from penjing.numerics.float_grids import FloatGrid
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.scale_codes import ScaleCodes
+from penjing.numerics.ternary import TernaryGrid
 from penjing.representations import Quantized
 
 
@@ -178,3 +184,39 @@ class TernaryBlocks:
         unsigned = data[..., :64].unflatten(-1, (2, 1, 32)) >> shifts & 3
         codes = (1 - unsigned.to(torch.int8)).reshape(len(blocks), columns)
         return Quantized(codes, -from_halves(data[..., 64:]), None, self.grid)
+
+
+_TRIT_RUNS = ((5, 32), (5, 16), (4, 4))
+"""Codes in a byte, and bytes, of each part of a block of tq1_0."""
+
+
+@dataclass(frozen=True)
+class TritBlocks:
+    """tq1_0."""
+
+    grid: TernaryGrid
+    width: int = 256
+    size: int = 54
+
+    def write(self, weight: Quantized) -> Tensor:
+        """Codes, scale."""
+        trits = _by_block(weight.codes, self.width).int() + 1
+        parts, start = list[Tensor](), 0
+        for each, run in _TRIT_RUNS:
+            powers = 3 ** torch.arange(4, 4 - each, -1).unsqueeze(1)
+            number = (trits[..., start : start + each * run].unflatten(-1, (each, run)) * powers).sum(-2)
+            parts.append(((number * 256 + 242) // 243).to(torch.uint8))
+            start += each * run
+        return torch.cat([*parts, halves(weight.scale)], -1).flatten(1)
+
+    def read(self, blocks: Tensor, columns: int) -> Quantized:
+        """Codes (N, columns); bytes that `write` never writes give codes all the same."""
+        data = _by_block(blocks, self.size)
+        parts, start = list[Tensor](), 0
+        for each, run in _TRIT_RUNS:
+            powers = 3 ** torch.arange(each).unsqueeze(1)
+            left = data[..., start : start + run].int().unsqueeze(-2) * powers & 255
+            parts.append((left * 3 >> 8).flatten(-2))
+            start += run
+        codes = (torch.cat(parts, -1) - 1).to(torch.int8).reshape(len(blocks), columns)
+        return Quantized(codes, from_halves(data[..., start:]), None, self.grid)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from penjing.formats.gguf.blocks import Blocks, IntegerBlocks, TableBlocks, TernaryBlocks
+from penjing.formats.gguf.blocks import Blocks, IntegerBlocks, TableBlocks, TernaryBlocks, TritBlocks
 from penjing.formats.gguf.super_blocks import SuperBlocks
 from penjing.numerics.float_grids import FloatGrid
 from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import Grid, IntegerGrid
+from penjing.numerics.ternary import TernaryGrid
 
 PLAIN: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types of tensors that lie on no grid, by their dtype."""
@@ -31,6 +32,8 @@ def blocks_of(grid: Grid) -> Blocks:
     name = _TYPES[essence]
     if isinstance(grid, FloatGrid):
         return TableBlocks(grid)
+    if isinstance(grid, TernaryGrid):
+        return TritBlocks(grid)
     assert isinstance(grid, IntegerGrid)
     if grid.scale_bits:
         return SuperBlocks(grid)
@@ -38,6 +41,8 @@ def blocks_of(grid: Grid) -> Blocks:
 
 
 def _essence(grid: Grid) -> Grid:
+    if isinstance(grid, TernaryGrid):
+        return replace(grid, scale_rule="full", rule="least-squares")
     if isinstance(grid, IntegerGrid):
         return replace(grid, scale_rule="full", zero="integer" if grid.symmetric else grid.zero)
     return replace(grid, rounding="round") if isinstance(grid, FloatGrid) else grid

@@ -9,6 +9,8 @@ by Adam with a cosine schedule; `store` rounds to the type scales are stored in,
 byte is added and no code changes, so the result runs wherever the model before it ran. It undoes what methods that look
 at one layer or block at a time cannot see: errors that add up from block to block.
 
+Where scales are whole numbers times one number per 256 inputs (K-quants), that number gets the factor; minima stay.
+
 Worked example. One weight, code 3, s = 0.5, so w_hat = 1.5. If the logits ask for 1.6, f rises to 1.067.
 
 Source: Chen et al. 2024, "EfficientQAT" (arXiv:2407.11062), section 3.3 (E2E-QP), with the dense model's distribution
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from penjing.methods.base import ModelTask, Options, Tuned
 from penjing.methods.learning import StraightThrough, batches
+from penjing.numerics.scale_search import free_scales
 from penjing.representations import Masked, Quantized, Representation
 
 
@@ -55,7 +58,7 @@ def rate(step: int, steps: int) -> float:
 class Scaled:
     """A quantised weight whose scales can be trained.
 
-    factor  (N, G), first 1
+    factor  one for each stored number: (N, G), or (N, S) where groups of a super-block share one; first 1
     """
 
     weight: Quantized
@@ -67,12 +70,25 @@ class Scaled:
         """The weight as it is."""
         values, kept = (weight.values, weight.kept) if isinstance(weight, Masked) else (weight, None)
         assert isinstance(values, Quantized)
-        return cls(values, kept, torch.ones(values.scale.shape).requires_grad_())
+        return cls(values, kept, torch.ones(cls._stored(values).shape).requires_grad_())
+
+    @staticmethod
+    def _stored(weight: Quantized) -> Tensor:
+        """The numbers that a file holds of the scales."""
+        return weight.scale if weight.scale_codes is None else weight.scale_codes.shared
+
+    def stored(self) -> Tensor:
+        """The trained numbers as they will be stored, in fp32, differentiable."""
+        before = self._stored(self.weight)
+        free = before.float() * self.factor
+        return StraightThrough.apply(free, free.detach().to(before.dtype).float())
 
     def scale(self) -> Tensor:
-        """The scales as they will be stored, in fp32, differentiable."""
-        free = self.weight.scale.float() * self.factor
-        return StraightThrough.apply(free, free.detach().to(self.weight.scale.dtype).float())
+        """The scales (N, G) that the stored numbers stand for, in fp32, differentiable."""
+        coded, stored = self.weight.scale_codes, self.stored()
+        if coded is None:
+            return stored
+        return coded.codes.float() * stored.repeat_interleave(coded.codes.shape[1] // stored.shape[1], 1)
 
     def dense(self) -> Tensor:
         """The decoded weight (N, K) fp32, differentiable."""
@@ -81,14 +97,18 @@ class Scaled:
 
     def result(self) -> Quantized | Masked:
         """The weight with its trained scales."""
-        weight = replace(self.weight, scale=self.scale().detach().to(self.weight.scale.dtype))
+        coded = self.weight.scale_codes
+        if coded is not None:
+            coded = replace(coded, shared=self.stored().detach().to(coded.shared.dtype))
+        scale = self.scale().detach().to(self.weight.scale.dtype)
+        weight = replace(self.weight, scale=scale, scale_codes=coded)
         return weight if self.kept is None else Masked(weight, self.kept)
 
 
 def trainable(weight: Representation) -> TypeGuard[Quantized | Masked]:
-    """Whether a weight has scales that are stored as they are."""
+    """Whether a weight has scales that are stored as they are, or share numbers that are."""
     values = weight.values if isinstance(weight, Masked) else weight
-    return isinstance(values, Quantized) and values.scale_codes is None and values.grid.group_size != "tensor"
+    return isinstance(values, Quantized) and free_scales(values.grid)
 
 
 def e2e_qp(task: ModelTask, options: E2EOptions, report: Callable[[int, float], None]) -> Tuned:
