@@ -63,8 +63,8 @@ def test_the_offset_does_not_change_the_size():
 @pytest.mark.parametrize(
     ("module", "scheme", "words"),
     [
-        (MODULE, Scheme(grid(4, 32)), "only types nf4 and fp4"),
-        (MODULE, Scheme(FLOATS["mxfp4"]), "only types nf4 and fp4"),
+        (MODULE, Scheme(grid(4, 32)), "stores types nf4 and fp4, and 8 bits"),
+        (MODULE, Scheme(FLOATS["mxfp4"]), "stores types nf4 and fp4"),
         (MODULE, Scheme(FloatGrid("nf4", 64)), "group_size 64 on the 96 inputs .* use 32"),
         (spec(48, 90), NF4, "use format native"),
         (MODULE, Scheme(FloatGrid("nf4", None)), "group_size channel"),
@@ -101,8 +101,8 @@ def test_the_head_is_left_out_unless_chosen():
     assert TARGET.schemes(config, (MODULE, head)) == {MODULE.name: NF4, "lm_head": NF4}
     foreign = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "quant_method": "bitsandbytes"}
     assert TARGET.schemes({"quantization_config": foreign}, (MODULE, head)) == {MODULE.name: Scheme(FloatGrid("fp4"))}
-    with pytest.raises(FormatError, match="4-bit types only"):
-        TARGET.schemes({"quantization_config": {"load_in_8bit": True}}, (MODULE,))
+    with pytest.raises(FormatError, match="neither load_in_4bit nor load_in_8bit"):
+        TARGET.schemes({"quantization_config": {"quant_method": "bitsandbytes"}}, (MODULE,))
 
 
 def test_a_checkpoint_that_contradicts_itself():

@@ -1,4 +1,5 @@
-"""The 4-bit format of bitsandbytes (QLoRA), loaded by stock transformers with that package.
+"""The 4-bit format of bitsandbytes (QLoRA), loaded by stock transformers with that package; for its 8-bit one see
+`bitsandbytes_int8`.
 
 Blocks run over the matrix in row order; here they must divide a row. Per weight, by name after the module's:
 
@@ -26,10 +27,12 @@ import torch
 from torch import Tensor
 
 from penjing.errors import FormatError, MissingDependency
+from penjing.formats import bitsandbytes_int8 as int8
 from penjing.formats.base import codes_of, other_bytes, plain_bytes, plain_weight, read_plain_weight
 from penjing.formats.targets import class_of
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.float_grids import FloatGrid, elements
+from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.packing import pack_bits, unpack_bits
 from penjing.numerics.scale_codes import BLOCK, ScaleCodes, dynamic_map
 from penjing.representations import Dense, Quantized, Representation, Scheme
@@ -42,24 +45,29 @@ _NUMBER = 24
 
 
 class BitsAndBytesFormat:
-    """NF4 and FP4 in blocks, with plain or double-quantised scales."""
+    """NF4 and FP4 in blocks, with plain or double-quantised scales; 8-bit integers per row with rounded inputs."""
 
     name = "bitsandbytes"
-    summary = "NF4 and FP4 (QLoRA) for transformers, PEFT and vLLM with the bitsandbytes package"
-    multiplies_integers = False
+    summary = "NF4 and FP4 (QLoRA) and LLM.int8() for transformers, PEFT and vLLM with the bitsandbytes package"
+    multiplies_integers = True
 
     def problems(self, module: ModuleSpec, scheme: Scheme) -> list[str]:
         """What bitsandbytes has no place for; raises MissingDependency without it."""
         grid, name = scheme.grid, module.name
-        if scheme.activations is not None:
-            return [f"{name}: bitsandbytes keeps inputs as they are; drop `activations`"]
+        if scheme.activations is not None and not int8.holds(grid):
+            return [f"{name}: bitsandbytes rounds inputs only beside 8 bits per row (llm-int8); drop `activations`"]
         if scheme.rank or scheme.correction or scheme.train:
             return [f"{name}: neither factors nor tensor trains have a place in bitsandbytes; use format native"]
         if grid is None:
             return []
         _require_library()
+        if int8.holds(grid):
+            return int8.problems(name, scheme) + _places(module)
         if not isinstance(grid, FloatGrid) or grid.element not in ("nf4", "fp4") or scheme.columns or scheme.outliers:
-            return [f"{name}: bitsandbytes stores only types nf4 and fp4; use format native or compressed-tensors"]
+            return [
+                f"{name}: bitsandbytes stores types nf4 and fp4, and 8 bits per row with rounded inputs (llm-int8); "
+                "use format native or compressed-tensors"
+            ]
         columns, size = module.shape[1], grid.group_size
         problems = []
         if size not in _SIZES or columns % size:
@@ -71,21 +79,21 @@ class BitsAndBytesFormat:
             )
         if scheme.ordered:
             problems.append(f"{name}: bitsandbytes has no group index; order columns with static groups")
-        if class_of(module) != "Linear" or ".experts." in name:
-            problems.append(f"{name}: transformers reads bitsandbytes only in linears of their own; use format native")
-        return problems
+        return problems + _places(module)
 
     def conflicts(self, schemes: Mapping[ModuleSpec, Scheme]) -> list[str]:
         """config.json tells of one type for the whole model."""
-        grids = {scheme.grid for scheme in schemes.values() if scheme.grid is not None}
-        if len(grids) < 2:
+        kinds = {(scheme.grid, scheme.activations) for scheme in schemes.values() if scheme.grid is not None}
+        if len(kinds) < 2:
             return []
-        listed = " and ".join(sorted(grid.label for grid in grids))
+        listed = " and ".join(sorted(f"{grid.label}{f', {how.label}' if how else ''}" for grid, how in kinds))
         return [f"bitsandbytes has one type and block size per model, not {listed}; use one, or format native"]
 
     def nbytes(self, module: ModuleSpec, scheme: Scheme, dtype: torch.dtype) -> int:
         """Exact bytes of the module's tensors."""
         grid = scheme.grid
+        if int8.holds(grid):
+            return other_bytes(module, dtype) + int8.nbytes(module)
         if not isinstance(grid, FloatGrid):
             return plain_bytes(module, dtype)
         rows, columns = module.shape
@@ -98,8 +106,10 @@ class BitsAndBytesFormat:
         quantized = codes_of(weight)
         if quantized is None and scheme.grid is None:
             return plain_weight(module, weight, dtype)
-        if quantized is None or not isinstance(quantized.grid, FloatGrid) or quantized.grid != scheme.grid:
+        if quantized is None or quantized.grid != scheme.grid:
             raise FormatError(f"{module.name}: the weight is not what its scheme says ({scheme})")
+        if not isinstance(quantized.grid, FloatGrid):
+            return int8.pack(module, quantized)
         grid, coded = quantized.grid, quantized.scale_codes
         pairs = quantized.codes.reshape(1, -1, 2).flip(-1).flatten(1)
         tensors = {"": pack_bits(pairs, 4).reshape(-1, 1), ".quant_map": elements(grid.element).clone()}
@@ -117,6 +127,8 @@ class BitsAndBytesFormat:
     def unpack(self, module: ModuleSpec, scheme: Scheme, load: Callable[[str], Tensor]) -> Representation:
         """Codes and scales back, without the library; FormatError when the file does not hold what config.json says."""
         grid, shape = scheme.grid, tuple(module.shape)
+        if isinstance(grid, IntegerGrid):
+            return int8.unpack(module, grid, load)
         if not isinstance(grid, FloatGrid):
             return Dense(read_plain_weight(module, load))
         name = f"{module.name}.weight"
@@ -143,24 +155,18 @@ class BitsAndBytesFormat:
 
     def config(self, schemes: Mapping[ModuleSpec, Scheme], dtype: torch.dtype) -> dict[str, Any]:
         """`quantization_config` of transformers, with the block size besides; empty when nothing is quantised."""
-        chosen = {module: scheme.grid for module, scheme in schemes.items() if isinstance(scheme.grid, FloatGrid)}
+        chosen = {module: scheme for module, scheme in schemes.items() if scheme.grid is not None}
         if not chosen:
             return {}
         if problems := self.conflicts(schemes):
             raise FormatError("; ".join(problems))
-        grid = next(iter(chosen.values()))
+        one = next(iter(chosen.values()))
         heads = [] if any(module.kind == "head" for module in chosen) else _HEADS
         left = [module.name for module in schemes if class_of(module) == "Linear" and module not in chosen]
         return {
             "quantization_config": {
                 "quant_method": "bitsandbytes",
-                "load_in_4bit": True,
-                "load_in_8bit": False,
-                "bnb_4bit_quant_type": grid.element,
-                "bnb_4bit_use_double_quant": grid.scale == "nested",
-                "bnb_4bit_compute_dtype": "float32",
-                "bnb_4bit_quant_storage": "uint8",
-                "bnb_4bit_blocksize": grid.group_size,
+                **(_four_bit_config(one.grid) if isinstance(one.grid, FloatGrid) else int8.config(one)),
                 "llm_int8_skip_modules": list(dict.fromkeys([*left, *heads])),
             }
         }
@@ -168,18 +174,40 @@ class BitsAndBytesFormat:
     def schemes(self, config: dict[str, Any], modules: tuple[ModuleSpec, ...]) -> dict[str, Scheme]:
         """Module name -> scheme of every linear that `quantization_config` does not leave out."""
         told = config["quantization_config"]
-        if not told.get("load_in_4bit"):
-            raise FormatError("config.json says bitsandbytes without load_in_4bit; penjing reads its 4-bit types only")
-        grid = FloatGrid(told["bnb_4bit_quant_type"], told.get("bnb_4bit_blocksize", 64))
-        if told.get("bnb_4bit_use_double_quant"):
-            grid = replace(grid, scale="nested")
+        if not told.get("load_in_4bit") and not told.get("load_in_8bit"):
+            raise FormatError("config.json says bitsandbytes with neither load_in_4bit nor load_in_8bit")
+        scheme = int8.scheme(told) if told.get("load_in_8bit") else Scheme(_four_bit_grid(told))
         skipped = told.get("llm_int8_skip_modules")
         left = {*(_HEADS if skipped is None else skipped)}
         return {
-            module.name: Scheme(grid)
+            module.name: scheme
             for module in modules
             if "weight" in module.tensors and class_of(module) == "Linear" and module.name not in left
         }
+
+
+def _places(module: ModuleSpec) -> list[str]:
+    """Why transformers would not look for codes in a module; empty if it would."""
+    if class_of(module) == "Linear" and ".experts." not in module.name:
+        return []
+    return [f"{module.name}: transformers reads bitsandbytes only in linears of their own; use format native"]
+
+
+def _four_bit_config(grid: FloatGrid) -> dict[str, Any]:
+    return {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": grid.element,
+        "bnb_4bit_use_double_quant": grid.scale == "nested",
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_blocksize": grid.group_size,
+    }
+
+
+def _four_bit_grid(told: Mapping[str, Any]) -> FloatGrid:
+    grid = FloatGrid(told["bnb_4bit_quant_type"], told.get("bnb_4bit_blocksize", 64))
+    return replace(grid, scale="nested") if told.get("bnb_4bit_use_double_quant") else grid
 
 
 @functools.cache

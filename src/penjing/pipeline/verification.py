@@ -106,7 +106,8 @@ def _engine_for(directory: Path) -> str:
     name = format_of(config).name
     if name == "onnx":
         return "onnxruntime"
-    return "streamed" if name in _ONLY_READ_BACK else "transformers"
+    rounds_twice = config.get("quantization_config", {}).get("load_in_8bit")  # bitsandbytes, inputs to fp16 first
+    return "streamed" if name in _ONLY_READ_BACK or rounds_twice else "transformers"
 
 
 def fits_in_memory(parameters: int) -> bool:
