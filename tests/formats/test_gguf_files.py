@@ -141,6 +141,42 @@ def test_a_run_writes_one_file(tiny_model, tmp_path):
     assert divergence < 0.05  # llama.cpp rounds inputs to 8 bits
 
 
+TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4")
+SUPER_BLOCKS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "tq2_0", "tq1_0")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_llama_cpp_computes_with_every_type(tiny_model, tmp_path):
+    """One type per linear of two blocks, the embedding in 16 bits."""
+    source = tiny_model("llama", hidden_size=256, head_dim=32, num_attention_heads=8, inner=256)
+    steps = [
+        {"method": "rtn", "type": kind, "targets": [f"*.layers.{block}.*.{linear}"]}
+        for block, kinds in enumerate((TYPES, SUPER_BLOCKS))
+        for kind, linear in zip(kinds, LINEARS, strict=True)
+    ]
+    wanted = recipe(texts(tmp_path / "text"), *steps, format="gguf") | {"dtype": "bfloat16"}
+    compress(source, wanted, tmp_path / "out", evaluated=False)
+    path = tmp_path / "out" / "out.gguf"
+    kinds = [tensor.quantization.name for tensor in read_gguf_header(path).tensors.values()]
+    assert {*kinds} == {kind.upper() for kind in (*TYPES, *SUPER_BLOCKS)} | {"F32", "BF16"}
+    tokens = token_windows(1, 24)
+    found, expected = llama_cpp_logits(path, tokens[0].tolist()), logits_of(path, tokens)[0]
+    divergence = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence < 0.05  # llama.cpp rounds inputs to 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_files(tiny_model, tmp_path, dtype):
+    source = tiny_model("llama")
+    checkpoint = open_checkpoint(source)
+    path = convert(checkpoint, layout_of(checkpoint.config), tmp_path, dtype)
+    tokens = token_windows(1, 24)
+    found, expected = llama_cpp_logits(path, tokens[0].tolist()), logits_of(path, tokens)[0]
+    assert (found - expected).norm() < 2e-2 * expected.norm()
+
+
 def test_from_gguf_to_gguf(tiny_model, tmp_path):
     """The tokenizer's metadata stays as it was; what was 4-bit is quantised from the values it stood for."""
     source = tiny_model("llama")

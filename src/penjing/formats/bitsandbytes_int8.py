@@ -7,10 +7,11 @@ Per linear, by name after the module's:
     weight_format  uint8 (): 0, rows as they are
 
 so that w_hat = B SCB / 127. Inputs are always rounded, to 8 bits per token, those of outlier columns excepted; the
-library rounds them to fp16 first, so its logits are those of Penjing up to inputs that fall to the other side of a step.
+library rounds them to fp16 first, so its logits are those of Penjing up to inputs that fall to the other side of a
+step.
 
 Scales are stored elsewhere as t = SCB / 127, rounded to their type. In bf16 and fp16, 127 t is exact in fp32. In fp32,
-t was made as max|w| / 127, so one of the neighbours of 127 t, max|w| at the latest, divides to t again: nothing is lost.
+t was made as max|w| / 127, so one of the neighbours of 127 t, max|w| at the latest, divides to t again.
 
 Worked example: the row (1.27, -0.5) has t = 0.01, B = (127, -50) and SCB = 1.27.
 """
@@ -63,7 +64,8 @@ def pack(module: ModuleSpec, weight: Quantized) -> dict[str, Tensor]:
         best = torch.where(_scales(best, scale.dtype) == scale, best, other)
     if not torch.equal(_scales(best, scale.dtype), scale):
         raise FormatError(
-            f"{module.name}: scales in fp32 that are not max|w| / 127 cannot be stored to the bit; use `dtype: bfloat16`"
+            f"{module.name}: scales in fp32 that are not max|w| / 127 cannot be stored to the bit; use "
+            "`dtype: bfloat16`"
         )
     return {
         f"{module.name}.weight": weight.codes,
@@ -81,9 +83,7 @@ def unpack(module: ModuleSpec, grid: IntegerGrid, load: Callable[[str], Tensor])
             f"config.json makes it {module.shape} in int8"
         )
     if load(f"{module.name}.weight_format").item() != 0:
-        raise FormatError(
-            f"{module.name}: only rows as they are (weight_format 0) can be read, as by bitsandbytes 0.45+"
-        )
+        raise FormatError(f"{module.name}: only rows as they are (weight_format 0) can be read")
     return Quantized(codes, _scales(largest.float().reshape(-1, 1), grid.scale_dtype), None, grid)
 
 
