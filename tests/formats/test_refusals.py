@@ -14,6 +14,8 @@ from penjing.errors import FormatError, MissingDependency
 from penjing.formats import FORMATS, format_of
 from penjing.formats.compressed_tensors.schema import require_library
 from penjing.models.layout import ModuleSpec
+from penjing.numerics.gguf_grids import GGUF_GRIDS
+from penjing.numerics.ternary import TernaryGrid
 from penjing.representations import Activations, Dense, Scheme
 
 pytest.importorskip("compressed_tensors")
@@ -55,6 +57,31 @@ def test_dense_and_native_refuse_inputs_they_cannot_reach():
     assert "token number" in NATIVE.problems(spec(8, 8, "embedding"), rounded)[0]
     assert "fuses" in NATIVE.problems(spec(8, 8, name=EXPERT), rounded)[0]
     assert DENSE.problems(spec(8, 8), Scheme(grid(3, 5))) == []
+
+
+MINIMA, LEVELS = ("q4_1", "q5_1"), ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("gguf", "dense")])
+def test_grids_with_minima_or_scales_in_two_levels_fit_only_where_they_are_known(name):
+    """Packed as plain codes they would be read as other numbers."""
+    for kind in (*MINIMA, *LEVELS):
+        problems = FORMATS[name].problems(spec(512, 512), Scheme(GGUF_GRIDS[kind]))
+        assert bool(problems) != (name == "native" and kind in MINIMA), kind
+
+
+@pytest.mark.parametrize("name", ["onnx", "gptq", "gptq-v2", "native"])
+def test_ternary_codes_come_back(name):
+    pytest.importorskip("onnxruntime")
+    scheme = Scheme(TernaryGrid(2, 32, True, "full", torch.float32))
+    weight = compress(random_weight(64, 96), scheme)
+    module, target = spec(64, 96), FORMATS[name]
+    assert target.problems(module, scheme) == []
+    packed = target.pack(module, scheme, weight, torch.float32)
+    assert torch.equal(target.unpack(module, scheme, packed.__getitem__).dense(), weight.dense())
+    told = target.config({module: scheme}, torch.float32)
+    read = target.schemes({**told, "dtype": "float32"}, (module,))[module.name]  # as any other program reads it
+    assert torch.equal(target.unpack(module, read, packed.__getitem__).dense(), weight.dense())
 
 
 def conflict(*schemes: tuple[ModuleSpec, Scheme]) -> str:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from block_tasks import error, task
+from penjing.formats.gguf.types import blocks_of
 from penjing.methods.learning import block_loss
 from penjing.methods.quantization.autoround import AutoRoundOptions, Rounding, autoround
 from penjing.methods.quantization.rtn import rtn
+from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Masked
 
@@ -59,9 +61,9 @@ def test_gradients_are_those_of_the_decoded_weight_passed_straight_through():
         hidden = torch.nn.functional.silu(states @ weights["up"].T)
         loss = (states + hidden @ weights["down"].T - targets).square().mean()
         (gradient,) = torch.autograd.grad(loss, leaf)
-        ratio = linear.weight.double() / GRID.spread(linear.scale, linear.weight.shape[1])
+        ratio = linear.weight.double() / GRID.spread(linear.fit.scale, linear.weight.shape[1])
         inside = (ratio.round() >= GRID.low) & (ratio.round() <= GRID.high)
-        scale = GRID.spread(linear.scale, linear.weight.shape[1]).double()
+        scale = GRID.spread(linear.fit.scale, linear.weight.shape[1]).double()
         assert torch.allclose(linear.offset.grad.double(), gradient * scale * inside, atol=1e-6)
 
 
@@ -80,6 +82,33 @@ def test_pruned_weights_stay_zero():
     kept = torch.rand(24, 16, generator=torch.Generator().manual_seed(1)) > 0.5
     result = learnt(task(kept=kept), iterations=20)
     assert isinstance(result["up"], Masked) and not result["up"].dense()[~kept].any()
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_k", "q3_k", "q2_k", "q6_k", "tq2_0"])
+def test_grids_of_gguf(kind):
+    """The first step is rounding to nearest; learning moves codes by one where it does not clip; bytes come back."""
+    grid = GGUF_GRIDS[kind]
+    weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(5)) / 16
+    linear, nearest = Rounding.of(weight, grid), rtn(weight, grid)
+    start = linear.result()
+    assert torch.equal(start.codes, nearest.codes) and torch.equal(start.dense(), nearest.dense())
+    wanted = weight + 0.2 * nearest.dense().std() * torch.randn(6, 512, generator=torch.Generator().manual_seed(6))
+    for _ in range(5):
+        (linear.values()[0] - wanted).square().sum().backward()
+        linear.step(0.05, clip=True)
+    after = linear.result()
+    assert not torch.equal(after.dense(), start.dense())
+    back = blocks_of(grid).read(blocks_of(grid).write(after), 512)
+    assert torch.equal(back.dense(), after.dense())
+
+
+def test_rows_that_do_not_divide_get_an_even_type():
+    chosen = AutoRoundOptions(type="q4_k")
+    assert chosen.for_matrix((4, 64), torch.float32).type == "q4_0"
+    assert chosen.for_matrix((4, 512), torch.float32).type == "q4_k"
+    for wrong in ({"type": "iq4_nl"}, {"type": "nf4"}, {"type": "q4_k", "fallback": "iq4_nl"}):
+        with pytest.raises(ValueError, match="even steps"):
+            AutoRoundOptions(**wrong)
 
 
 def test_ugly_weights_give_finite_results():

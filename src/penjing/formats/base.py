@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import InputScale
 from penjing.numerics.float_grids import FloatGrid
+from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Masked, Quantized, Representation, Scheme
 
 
@@ -152,6 +153,12 @@ def read_input_scale(module: ModuleSpec, scheme: Scheme, load: Callable[[str], T
     """The inverse of `input_tensors`; None where scales are dynamic."""
     parts = [load(f"{module.name}.{part}") for part in input_parts(scheme)]
     return InputScale(*parts) if parts else None
+
+
+def plain_codes(grid: object) -> TypeGuard[IntegerGrid]:
+    """Whether codes and scales on a grid are all there is to it: whole zero points, no minima, no scales in two levels
+    (K-quants)."""
+    return isinstance(grid, IntegerGrid) and grid.zero != "float" and not grid.offset and not grid.scale_bits
 
 
 def codes_of(weight: Representation) -> Quantized | None:

@@ -87,8 +87,8 @@ class GPTQFormat:
         grid, zero, index = quantized.grid, quantized.zero_point, quantized.group_index
         zero = torch.zeros(quantized.scale.shape, dtype=torch.int8) if zero is None else zero
         tensors = {
-            "qweight": words.to_words(quantized.codes, -grid.low, grid.bits).T,
-            "qzeros": words.to_words(zero.T, -grid.low - self._less, grid.bits),
+            "qweight": words.to_words(quantized.codes, words.middle(grid), grid.bits).T,
+            "qzeros": words.to_words(zero.T, words.middle(grid) - self._less, grid.bits),
             "scales": quantized.scale.T,
             "g_idx": _in_order(module, grid) if index is None else index,
         }
@@ -112,12 +112,14 @@ class GPTQFormat:
             "g_idx": (columns,),
         }
         stored = words.load_all(module, shapes, load)
-        codes = words.from_words(stored["qweight"].T, -grid.low, grid.bits, columns)
-        zero = words.from_words(stored["qzeros"], -grid.low, grid.bits, rows).T.contiguous()
+        codes = words.from_words(stored["qweight"].T, words.middle(grid), grid.bits, columns)
+        zero = words.from_words(stored["qzeros"], words.middle(grid), grid.bits, rows).T.contiguous()
         if self._less:
             zero = torch.where(zero == grid.high, grid.low, zero + 1).to(torch.int8)
         if grid.symmetric and bool(zero.any()):
-            raise FormatError(f"{module.name}.qzeros differ from {-grid.low}, but config.json says `sym`: true")
+            raise FormatError(
+                f"{module.name}.qzeros differ from {words.middle(grid)}, but config.json says `sym`: true"
+            )
         index = self._read_index(module, scheme, grid, stored["g_idx"])
         return Quantized(codes, stored["scales"].T.contiguous(), None if grid.symmetric else zero, grid, index)
 

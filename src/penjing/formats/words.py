@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from penjing.errors import FormatError
-from penjing.formats.base import codes_of
+from penjing.formats.base import codes_of, plain_codes
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.packing import pack_bits, unpack_bits
 from penjing.representations import Representation, Scheme
 
 WORD = 32
+
+
+def middle(grid: IntegerGrid) -> int:
+    """What is added to signed codes to store them; ternary ones lie around the middle of their two bits as well."""
+    return int(2 ** (grid.bits - 1))
 
 
 def to_words(values: Tensor, shift: int, bits: int) -> Tensor:
@@ -60,8 +65,11 @@ def problems(name: str, module: ModuleSpec, scheme: Scheme, widths: tuple[int, .
         return [f"{where}: format {name} keeps inputs as they are; drop `activations`"]
     if grid is None:
         return []
-    if not isinstance(grid, IntegerGrid) or grid.zero == "float" or scheme.columns or scheme.outliers:
-        return [f"{where}: format {name} holds integer codes with whole zero points only; use format native"]
+    if not plain_codes(grid) or scheme.columns or scheme.outliers:
+        return [
+            f"{where}: format {name} holds integer codes with a scale each and whole zero points only; use format native, or "
+            "gguf for its types"
+        ]
     if module.kind != "linear" or module.block is None or ".experts." in where:
         return [f"{where}: format {name} holds linears of the blocks, but no experts; ignore it, or use format native"]
     found = []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import FormatError
+from penjing.formats.base import plain_codes
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.packing import pack_bits, packed_bytes, unpack_bits
@@ -59,7 +60,7 @@ class Blocks:
         """See the module's docstring."""
         (rows, columns), block = weight.codes.shape, block_size(grid)
         spare = -columns % block
-        codes = torch.nn.functional.pad(_unsigned(weight.codes, grid), (0, spare), value=-grid.low)
+        codes = torch.nn.functional.pad(_unsigned(weight.codes, grid), (0, spare), value=_middle(grid))
         tensors = {
             CODES: pack_bits(codes, grid.bits).reshape(rows, -1, block * grid.bits // 8),
             SCALE: weight.scale.contiguous(),
@@ -121,8 +122,10 @@ def problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
     grid, name = scheme.grid, module.name
     if grid is None:
         return [f"{name}: inputs are quantised only together with the weight"] if scheme.activations else []
-    if not isinstance(grid, IntegerGrid) or grid.zero == "float" or scheme.columns or scheme.outliers:
-        return [f"{name}: ONNX Runtime multiplies integer codes with whole zero points only; use format native"]
+    if not plain_codes(grid) or scheme.columns or scheme.outliers:
+        return [
+            f"{name}: ONNX Runtime multiplies integer codes with a scale each and whole zero points; use format native"
+        ]
     if scheme.ordered:
         return [f"{name}: ONNX Runtime has no group index; order columns with static groups, or use format native"]
     if module.transposed:
@@ -163,11 +166,17 @@ def _block_problems(module: ModuleSpec, grid: IntegerGrid) -> list[str]:
 
 
 def _unsigned(codes: Tensor, grid: IntegerGrid) -> Tensor:
-    return (codes.to(torch.int16) - grid.low).to(torch.uint8)
+    return (codes.to(torch.int16) + _middle(grid)).to(torch.uint8)
 
 
 def _signed(codes: Tensor, grid: IntegerGrid) -> Tensor:
-    return (codes.to(torch.int16) + grid.low).to(torch.int8)
+    return (codes.to(torch.int16) - _middle(grid)).to(torch.int8)
+
+
+def _middle(grid: IntegerGrid) -> int:
+    """What is added to signed codes to store them, which is what the operators take for zero; ternary codes lie around
+    it as well."""
+    return int(2 ** (grid.bits - 1))
 
 
 def _shaped(load: Load, key: str, shape: tuple[int, ...]) -> Tensor:
