@@ -67,8 +67,8 @@ def problems(name: str, module: ModuleSpec, scheme: Scheme, widths: tuple[int, .
         return []
     if not plain_codes(grid) or scheme.columns or scheme.outliers:
         return [
-            f"{where}: format {name} holds integer codes with a scale each and whole zero points only; use format native, or "
-            "gguf for its types"
+            f"{where}: format {name} holds integer codes with one scale and whole zero points only; use "
+            "format native, or gguf for its types"
         ]
     if module.kind != "linear" or module.block is None or ".experts." in where:
         return [f"{where}: format {name} holds linears of the blocks, but no experts; ignore it, or use format native"]

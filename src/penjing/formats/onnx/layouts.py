@@ -124,7 +124,8 @@ def problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
         return [f"{name}: inputs are quantised only together with the weight"] if scheme.activations else []
     if not plain_codes(grid) or scheme.columns or scheme.outliers:
         return [
-            f"{name}: ONNX Runtime multiplies integer codes with a scale each and whole zero points; use format native"
+            f"{name}: ONNX Runtime multiplies integer codes with one scale and whole zero points only; use "
+            "format native"
         ]
     if scheme.ordered:
         return [f"{name}: ONNX Runtime has no group index; order columns with static groups, or use format native"]
