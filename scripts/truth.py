@@ -2,10 +2,14 @@
 
 python scripts/truth.py                              every tiny architecture in every engine that is installed
 python scripts/truth.py --architectures llama gpt2   some of them
+python scripts/truth.py --again                      also what is on file for the engine's version
 python scripts/truth.py --demo                       the demo model, timed against dense fp32 in transformers
 python scripts/truth.py --page                       only write the page; --check fails when it differs
 
-What is on file and not tried again stays. Nothing is edited by hand.
+What is on file for the version of an engine that is installed is not tried again unless asked for, so that a run that
+was interrupted goes on. Nothing is edited by hand.
+
+One tiny model may hold several schemes, as GGUF's types do, linear by linear: then each of them gets the fact.
 """
 
 from __future__ import annotations
@@ -30,18 +34,22 @@ from penjing.engines.bench import Load  # noqa: E402
 from penjing.engines.truth import FILE, Fact, known  # noqa: E402
 from penjing.errors import EngineError, MissingDependency, PenjingError, PlanError, VerificationError  # noqa: E402
 from penjing.formats import FORMATS  # noqa: E402
+from penjing.models import layout_of  # noqa: E402
 from tiny_models import FAMILIES, build  # noqa: E402
 
 DATA = ROOT / "src/penjing/engines" / FILE
 PAGE = ROOT / "docs/engines.md"
 
-STEPS: Mapping[str, list[dict[str, Any]]] = {
+Steps = list[dict[str, Any]]
+Known = dict[tuple[str, str, str, str], Fact]
+
+STEPS: Mapping[str, Steps] = {
     "dense": [{"method": "magnitude", "sparsity": 0.5}],
     "compressed-tensors": [
         {"method": "rtn", "bits": 4, "group_size": 32},
         {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8}},
     ],
-    "bitsandbytes": [{"method": "rtn", "type": "nf4", "group_size": 64}],
+    "bitsandbytes": [{"method": "rtn", "type": "nf4", "group_size": 64}, {"method": "llm-int8"}],
     "native": [
         {"method": "rtn", "bits": 4, "group_size": 32},
         {"method": "rtn", "bits": 8, "group_size": -1, "activations": {"bits": 8}},
@@ -53,6 +61,19 @@ STEPS: Mapping[str, list[dict[str, Any]]] = {
 }
 """What is tried in each format; one that a format or a shape refuses is no fact about an engine and is left out."""
 
+TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "mxfp4")
+SUPER_BLOCKS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "tq2_0", "tq1_0")
+"""Types of GGUF, of which a tiny model holds all of a row: linear by linear, those that fit its width."""
+
+WIDE = 256
+"""Inner width of tiny models: their second feed-forward linear has rows of whole super-blocks."""
+
+OPTIONS: Mapping[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3": {"layers": 12, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2},
+}
+"""What a tiny model needs so that engines which know one shape of its architecture can run it."""
+
 
 INTRODUCTION = (
     "`penjing verify DIR --engine ENGINE` compares an engine's logits with what Penjing computes in fp32 from the same "
@@ -62,7 +83,7 @@ INTRODUCTION = (
 )
 
 PROTOCOL = (
-    "Tiny random models of each architecture, and the demo model where speed is given: tokens per second over those of "
+    "Tiny random models of each architecture, types of GGUF several to a file, and the demo model where speed is given: tokens per second over those of "
     "the dense fp32 model in transformers, medians of alternating runs at batch 1, 128 tokens of prompt. KL is that of "
     "the engine's arithmetic, not of the compression."
 )
@@ -74,12 +95,15 @@ def main() -> int:
     parser.add_argument("--architectures", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--formats", nargs="+", default=[name for name in STEPS if name in FORMATS])
     parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     facts = {fact.key: fact for fact in known()}
     if not (options.page or options.check):
-        for fact in _demo(options.formats) if options.demo else _tiny(options.architectures, options.formats):
+        before: Known = {} if options.again else dict(facts)
+        tried = _demo(options.formats) if options.demo else _tiny(options.architectures, options.formats, before)
+        for fact in tried:
             print(fact, file=sys.stderr)
             facts[fact.key] = fact
             rows = [json.dumps(facts[key].as_dict()) for key in sorted(facts)]
@@ -91,14 +115,49 @@ def main() -> int:
     return 0
 
 
-def _tiny(architectures: list[str], formats: list[str]) -> Iterator[Fact]:
+def _tiny(architectures: list[str], formats: list[str], before: Known) -> Iterator[Fact]:
     """Tiny random models, tied and not as is the family's habit: does it load, are the logits right?"""
     with tempfile.TemporaryDirectory() as folder:
         for name in architectures:
-            model = build(name, Path(folder) / name, inner=128)
-            for path, format, architecture, scheme in _made(model, formats, Path(folder) / f"{name}-out"):
-                for engine in _installed(format):
-                    yield _try(path, model, engine, architecture, format, scheme)
+            model = build(name, Path(folder) / name, inner=WIDE, **{"layers": 8, **OPTIONS.get(name, {})})
+            for format in formats:
+                for number, steps in enumerate(_trials(model, format)):
+                    output = Path(folder) / f"{name}-{format}-{number}"
+                    yield from _try_all(model, format, steps, output, before)
+
+
+def _trials(model: Path, format: str) -> list[Steps]:
+    """The recipes to try: a step each, or the types of GGUF in turn over the linears that they fit."""
+    if format != "gguf":
+        return [[step] for step in STEPS[format]]
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    linears = [module for module in layout_of(config).modules if module.kind == "linear"]
+    wide = [module for module in linears if module.shape[1] % WIDE == 0]
+    return [
+        [
+            {"method": "rtn", "type": kind, "targets": [module.name for module in fitting[number :: len(kinds)]]}
+            for number, kind in enumerate(kinds)
+        ]
+        for kinds, fitting in ((TYPES, linears), (SUPER_BLOCKS, wide))
+    ]
+
+
+def _try_all(model: Path, format: str, steps: Steps, output: Path, before: Known) -> Iterator[Fact]:
+    """A fact for each scheme and engine, where recipe and shape allow the model and not all is known."""
+    recipe = {"steps": steps, "format": format, "on_unsupported": "error"}
+    with suppress(PlanError, MissingDependency):
+        schemes = {module["scheme"] for module in penjing.plan(model, recipe).as_dict()["modules"]} - {"dense"}
+        architecture = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
+        missing = {}
+        for engine in _installed(format):
+            facts = [before.get((engine, architecture, format, scheme)) for scheme in schemes]
+            if any(fact is None or fact.version != ENGINES[engine].version() for fact in facts):
+                missing[engine] = sorted(schemes)
+        if missing:
+            penjing.compress(model, recipe, output, evaluated=False)
+        for engine, wanted in missing.items():
+            found = _try(output, engine, architecture, format, wanted[0])
+            yield from (replace(found, scheme=scheme) for scheme in wanted)
 
 
 def _demo(formats: list[str]) -> Iterator[Fact]:
@@ -106,31 +165,18 @@ def _demo(formats: list[str]) -> Iterator[Fact]:
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         penjing.export("demo", "dense", dense)
-        for path, format, architecture, scheme in _made(dense, formats, Path(folder) / "out"):
-            for engine in _installed(format):
-                fact = _try(path, dense, engine, architecture, format, scheme)
-                yield _timed(fact, path, dense) if fact.verified else fact
-
-
-def _made(model: Path, formats: list[str], output: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Compressed models with their format, architecture and scheme, where recipe and shape allow them."""
-    for format in formats:
-        for number, step in enumerate(STEPS[format]):
-            recipe = {"steps": [step], "format": format, "on_unsupported": "error"}
-            path = output / f"{format}-{number}"
-            with suppress(PlanError, MissingDependency):
-                plan = penjing.plan(model, recipe).as_dict()
-                penjing.compress(model, recipe, path, evaluated=False)
-                schemes = {module["scheme"] for module in plan["modules"]} - {"dense"}
-                config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-                yield path, format, config["model_type"], min(schemes)
+        for format in formats:
+            for number, step in enumerate(STEPS[format]):
+                path = Path(folder) / f"{format}-{number}"
+                for fact in _try_all(dense, format, [step], path, {}):
+                    yield _timed(fact, path, dense) if fact.verified else fact
 
 
 def _installed(format: str) -> list[str]:
     return [name for name, engine in ENGINES.items() if format in engine.formats and engine.version() is not None]
 
 
-def _try(path: Path, dense: Path, engine: str, architecture: str, format: str, scheme: str) -> Fact:
+def _try(path: Path, engine: str, architecture: str, format: str, scheme: str) -> Fact:
     version = ENGINES[engine].version() or ""
     fact = Fact(engine, version, architecture, format, scheme, True, True, None, None, None, "", _today())
     try:
