@@ -83,9 +83,9 @@ INTRODUCTION = (
 )
 
 PROTOCOL = (
-    "Tiny random models of each architecture, types of GGUF several to a file, and the demo model where speed is given: tokens per second over those of "
-    "the dense fp32 model in transformers, medians of alternating runs at batch 1, 128 tokens of prompt. KL is that of "
-    "the engine's arithmetic, not of the compression."
+    "Tiny random models of each architecture, types of GGUF several to a file, and the demo model where speed is "
+    "given: tokens per second over those of the dense fp32 model in transformers, medians of alternating runs at batch "
+    "1, 128 tokens of prompt. KL is that of the engine's arithmetic, not of the compression."
 )
 
 
