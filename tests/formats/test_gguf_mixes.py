@@ -72,6 +72,7 @@ def test_a_run_reports_the_type_of_every_tensor(tiny_model, tmp_path):
         {"method": "shortgpt", "drop": 2},
         {"method": "gptq", "type": "q4_k_m", "scale_search": "diagonal"},
         {"method": "rtn", "targets": ["embedding"], "type": "q4_k_m"},
+        {"method": "e2e-qp", "iterations": 2, "batch_size": 2},
         format="gguf",
     )
     report = api.compress(source, wanted, tmp_path / "out", evaluated=False)
@@ -82,6 +83,7 @@ def test_a_run_reports_the_type_of_every_tensor(tiny_model, tmp_path):
     notes = {row.name: " ".join(row.notes) for row in report.modules}
     assert "q8_0 instead of q6_k" in notes["model.layers.3.self_attn.v_proj"]
     assert all(row.bytes == row.predicted_bytes for row in report.modules)
+    assert report.verification["difference"] < 1e-6
 
 
 def test_a_fallback_of_ones_own(tiny_model):
