@@ -7,8 +7,8 @@ Per linear, by name after the module's:
     weight_format  uint8 (): 0, rows as they are
 
 so that w_hat = B SCB / 127. Inputs are always rounded, to 8 bits per token, those of outlier columns excepted; the
-library rounds them to fp16 first, so its logits are those of Penjing up to inputs that fall to the other side of a
-step.
+library rounds them to fp16 first, and a token's scale also covers the smaller inputs of outlier columns, which are not
+multiplied by it: logits differ from those of Penjing by some inputs that fall to the other side of a step.
 
 Scales are stored elsewhere as t = SCB / 127, rounded to their type. In bf16 and fp16, 127 t is exact in fp32. In fp32,
 t was made as max|w| / 127, so one of the neighbours of 127 t, max|w| at the latest, divides to t again.
