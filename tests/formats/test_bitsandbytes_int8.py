@@ -121,7 +121,7 @@ def test_transformers_runs_a_whole_model(tiny_model, tmp_path):
     assert divergence.sum(-1).mean() < 0.02
     inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     weight = functional.int8_vectorwise_dequant(linear.weight.data, stored["model.layers.0.mlp.up_proj.SCB"])
-    torch.testing.assert_close(linear(inputs), inputs @ weight.T, rtol=0, atol=0.02 * float((inputs @ weight.T).std()))
+    assert (linear(inputs) - inputs @ weight.T).norm() < 0.02 * (inputs @ weight.T).norm()
 
 
 def test_linears_of_gpt2_are_refused(tiny_model):

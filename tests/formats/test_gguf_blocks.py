@@ -66,8 +66,9 @@ def test_any_bytes_are_codes_of_the_grid(name):
     data = torch.randint(256, (3, 2 * blocks.size), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     weight = blocks.read(data, 2 * blocks.width)
     again = blocks.write(weight)
-    if name in ("mxfp4", "tq1_0"):
-        weight = blocks.read(again, 2 * blocks.width)
+    if name == "tq1_0":  # 256 bytes for 243 numbers: several mean the same
+        assert torch.equal(blocks.read(again, 2 * blocks.width).codes, weight.codes)
+        again, data = blocks.write(blocks.read(again, 2 * blocks.width)), again
     assert torch.equal(again, data)
 
 

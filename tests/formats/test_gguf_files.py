@@ -164,7 +164,7 @@ def test_llama_cpp_computes_with_every_type(tiny_model, tmp_path):
     divergence = torch.nn.functional.kl_div(
         found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    assert divergence < 0.05  # llama.cpp rounds inputs to 8 bits
+    assert divergence < 0.1  # llama.cpp rounds inputs to 8 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

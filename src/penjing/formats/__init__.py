@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
-from penjing.errors import FormatError
+from penjing.errors import FormatError, PenjingError
 from penjing.formats.awq import AWQFormat
 from penjing.formats.base import Format
 from penjing.formats.bitsandbytes import BitsAndBytesFormat
@@ -14,6 +15,10 @@ from penjing.formats.gptq import GPTQFormat
 from penjing.formats.hf_dense import DenseFormat
 from penjing.formats.native import NativeFormat
 from penjing.formats.onnx import OnnxFormat
+from penjing.models.layout import ModuleSpec
+from penjing.numerics.float_grids import Element, FloatGrid
+from penjing.numerics.grids import IntegerGrid
+from penjing.representations import Scheme
 
 FORMATS: dict[str, Format] = {
     format_.name: format_
@@ -41,7 +46,7 @@ _READ = {
 }
 """`quant_method` in config.json -> format."""
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = ["FORMATS", "Format", "declared_schemes", "format_of"]
 
 
 def format_of(config: dict[str, Any]) -> Format:
@@ -52,11 +57,41 @@ def format_of(config: dict[str, Any]) -> Format:
     declared = config.get("quantization_config")
     if declared is None:
         return FORMATS["dense"]
-    method = declared.get("quant_method")
-    if method not in _READ:
+    method = declared.get("quant_method") if isinstance(declared, dict) else declared
+    if not isinstance(method, str) or method not in _READ:
         raise FormatError(
             f"config.json says quant_method {method!r}; penjing reads {', '.join(_READ)}. "
             "Start from the model that was not quantised"
         )
     second = method == "gptq" and declared.get("checkpoint_format") == "gptq_v2"
     return FORMATS["gptq-v2" if second else _READ[method]]
+
+
+def declared_schemes(config: Mapping[str, Any], modules: tuple[ModuleSpec, ...]) -> dict[str, Scheme]:
+    """Module name -> what a written config.json says of it.
+
+    Raises FormatError when it says something that is no scheme, whatever a damaged or foreign file holds.
+    """
+    target = format_of(dict(config))
+    try:
+        found = target.schemes(dict(config), modules)
+    except PenjingError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FormatError(f"`quantization_config` of config.json cannot be read as {target.name}: {error!r}") from error
+    for name, scheme in found.items():
+        if not _possible(scheme):
+            raise FormatError(f"`quantization_config` of config.json makes {name} something that is no grid: {scheme}")
+    return found
+
+
+def _possible(scheme: Scheme) -> bool:
+    """Whether numbers that were read are of the kinds that grids have."""
+    grid = scheme.grid
+    if not isinstance(grid, IntegerGrid | FloatGrid):
+        return True
+    size = grid.group_size
+    grouped = size in (None, "tensor") or (type(size) is int and size > 0)
+    if isinstance(grid, FloatGrid):
+        return grouped and grid.element in get_args(Element)
+    return grouped and type(grid.bits) is int and 1 <= grid.bits <= 8 and isinstance(grid.symmetric, bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from penjing.errors import VerificationError
-from penjing.formats import format_of
+from penjing.formats import declared_schemes
 from penjing.formats.onnx import GRAPH, session
 from penjing.models import layout_of
 
@@ -27,7 +27,7 @@ def full_precision(directory: Path, tokens: Tensor, expected: Tensor) -> Tensor 
     None where the recipe itself rounds inputs: one between two codes may fall to either side.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    schemes = format_of(config).schemes(config, layout_of(config).modules)
+    schemes = declared_schemes(config, layout_of(config).modules)
     if any(scheme.activations for scheme in schemes.values()):
         return None
     return session.logits(directory / GRAPH, tokens, exact=True)[0, -len(expected) :]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from penjing.checkpoint.base import Checkpoint
-from penjing.formats import Format, format_of
+from penjing.formats import Format, declared_schemes, format_of
 from penjing.formats.base import read_input_scale
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.activations import InputScale
@@ -77,7 +77,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, layout: Layout, load: Callable[[str], Tensor] | None = None) -> None:
         self._load = load or checkpoint.load
         self.format: Format = format_of(checkpoint.config)
-        self.schemes: Mapping[str, Scheme] = self.format.schemes(checkpoint.config, layout.modules)
+        self.schemes: Mapping[str, Scheme] = declared_schemes(checkpoint.config, layout.modules)
 
     def live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module ready to run."""
