@@ -39,6 +39,9 @@ from penjing.recipe import Calibration
 THEIRS = {"q4_k": "Q4_K_S", "q5_k": "Q5_K_S", "q3_k": "Q3_K_S", "q2_k": "Q2_K_S", "q2_k_m": "Q2_K"}
 """llama.cpp's name for what we call a type, where it is not the same in capitals."""
 
+RATES = {"q8_0": 1e-4}
+"""Learning rate of `e2e-qp`, where the rounding to undo is so small that steps of a thousandth would be larger."""
+
 
 def main() -> None:
     """Parse, make what is missing, measure, write."""
@@ -68,7 +71,7 @@ def main() -> None:
     if not matrix.is_file():
         save_file(importance(options.model, text.tokens), matrix)
 
-    protocol = {"calibration": text.protocol.sentence(), "tuned": f"{options.tune} steps of 4 windows"}
+    protocol = {"calibration": text.protocol.sentence(), "tuned": f"e2e-qp, {options.tune} steps of 4 windows"}
     result = kept(options.output, protocol)
     for kind in options.types:
         files = {
@@ -120,7 +123,8 @@ def ours(model: str, directory: Path, kind: str, calibration: Calibration, tune:
     if not (directory / "report.json").is_file():
         head = {"method": "rtn", "targets": ["embedding"], "type": "q8_0", "scale_search": "weights"}
         steps = [{"method": "gptq", "type": kind, "scale_search": "diagonal"}, head]
-        steps += [{"method": "e2e-qp", "iterations": tune}] if tune else []
+        train = {"method": "e2e-qp", "iterations": tune, "learning_rate": RATES.get(kind, 1e-3)}
+        steps += [train] if tune else []
         recipe = {"version": 1, "steps": steps, "calibration": calibration.model_dump(), "format": "gguf"}
         api.compress(model, recipe, directory, evaluated=False)
     return next(directory.glob("*.gguf"))

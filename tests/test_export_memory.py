@@ -31,8 +31,8 @@ WIDTH = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
 BLOCK = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
 LARGEST = 4 * 512 * 1408
 SLACK = BLOCK
-"""Bytes of one block and of its largest tensor in fp32, and what is left for copies of a tensor on its way into the file,
-activations, and what the heap keeps."""
+"""Bytes of one block and of its largest tensor in fp32, and what is left for copies of a tensor on its way into the
+file, activations, and what the heap keeps."""
 
 FORMATS = {"gguf": "gguf", "onnx": "onnxruntime", "native": "torch", "dense": "torch"}
 """And the package that writing needs."""
