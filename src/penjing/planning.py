@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.costs import compares, model_training, operations, peak_memory
-from penjing.errors import PlanError
+from penjing.errors import MissingDependency, PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.formats.base import OneFile, WithGraph
 from penjing.methods.base import Rewriting
@@ -338,8 +339,18 @@ def _resolve(
         if recipe.on_unsupported == "error":
             raise PlanError(
                 f"format {target.name} cannot hold {module.name} as {describe(scheme)}: {'; '.join(problems)}"
+                + _holders(module, scheme)
             )
         return PlanRow(module, (), DENSE, plain, plain, "; ".join([*notes, *problems]), given)
     found = [recipe.steps[number].options.remark(module.shape) for number in applied]
     remark, size = "; ".join(text for text in found if text), target.nbytes(module, scheme, dtype)
     return PlanRow(module, tuple(applied), scheme, plain, size, "; ".join(notes), given, remark)
+
+
+def _holders(module: ModuleSpec, scheme: Scheme) -> str:
+    """The end of a refusal: formats whose library is here and that have a place for such a module."""
+    able = []
+    for name, other in FORMATS.items():
+        with suppress(MissingDependency):
+            able += [] if other.problems(module, scheme) else [name]
+    return f". Formats that can: {', '.join(able)}" if able and not pattern_problems(module, scheme) else ""

@@ -93,6 +93,11 @@ def test_a_fallback_of_ones_own(tiny_model):
     assert notes["model.layers.0.self_attn.q_proj"].startswith("q4_0 instead of q3_k")
 
 
+def test_a_refusal_names_formats_that_fit(tiny_model):
+    with pytest.raises(PlanError, match=r"format awq cannot hold .*Formats that can: .*gguf, native"):
+        api.plan(tiny_model("llama"), {"steps": [{"method": "rtn", "type": "q5_1"}], "format": "awq"})
+
+
 def test_mixes_belong_to_gguf(tiny_model):
     with pytest.raises(PlanError, match="mix of GGUF's types; use `format: gguf`"):
         api.plan(tiny_model("llama"), {"steps": steps("q4_k_m"), "format": "native"})

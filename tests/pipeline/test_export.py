@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import penjing
-from penjing.errors import OutputError, PlanError, VerificationError
+from penjing.errors import MissingDependency, OutputError, PlanError, VerificationError
 from penjing.formats import FORMATS
 from penjing.pipeline import export as exporting
 
@@ -92,6 +92,18 @@ def test_what_does_not_fit_is_refused_with_what_does(compressed: Callable[..., P
         penjing.export(native, "bitsandbytes", tmp_path / "out")
     assert "and 11 more" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_missing_does_not_hide_the_reason(
+    compressed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Any, *arguments: Any) -> list[str]:
+        raise MissingDependency("not here")
+
+    native = compressed({"method": "rtn", "bits": 5, "group_size": 32})
+    monkeypatch.setattr(type(FORMATS["bitsandbytes"]), "problems", missing)
+    with pytest.raises(PlanError, match=r"format awq cannot hold .*Formats that can: .*native"):
+        penjing.export(native, "awq", tmp_path / "out")
 
 
 def test_bad_names_and_used_directories(tiny_model: BuildTiny, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_index, write_shard
 from penjing.checkpoint.directory import INDEX
-from penjing.errors import PlanError, VerificationError
+from penjing.errors import MissingDependency, PlanError, VerificationError
 from penjing.evaluation.size import weight_bytes
 from penjing.formats import FORMATS, Format
 from penjing.formats.base import Finished, OneFile, WithGraph, input_tensors, read_input_scale
@@ -128,7 +128,7 @@ def _prepare(model: str | Path, to: str, trust_remote_code: bool) -> _Job:
         module: source.schemes.get(module.name, Scheme()) for module in layout.modules if "weight" in module.tensors
     }
     if problems := _problems(FORMATS[to], schemes, layout, checkpoint):
-        others = [name for name, other in FORMATS.items() if not _problems(other, schemes, layout, checkpoint)]
+        others = [name for name, other in FORMATS.items() if _holds(other, schemes, layout, checkpoint)]
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise PlanError(
             f"format {to} cannot hold {checkpoint.label}: {'; '.join(problems[:3])}{more}. "
@@ -154,6 +154,14 @@ def _problems(
     if isinstance(target, OneFile):
         found = found or target.companion_problems(checkpoint)
     return found
+
+
+def _holds(target: Format, schemes: Mapping[ModuleSpec, Scheme], layout: Layout, checkpoint: Checkpoint) -> bool:
+    """Whether a format is worth naming: it has no problem, and its library is here."""
+    try:
+        return not _problems(target, schemes, layout, checkpoint)
+    except MissingDependency:
+        return False
 
 
 def _parts(layout: Layout) -> Iterator[tuple[str, Sequence[ModuleSpec]]]:
