@@ -211,8 +211,9 @@ def _remade(plan: Plan, config: Mapping[str, Any], step: Step) -> tuple[Mapping[
     zeros = {row.module.name: row.scheme for row in plan.rows if row.scheme.sparsity}
     if not remake.keeps_zeros(step.options):
         zeros = {}
-    if share := remake.prunes(step.options):
-        zeros |= {module.name: Scheme(sparsity=share) for module in layout_of(made).modules if module.kind == "linear"}
+    for name, scheme in remake.prunes(layout_of(made), step.options).items():
+        before = zeros.get(name, DENSE)
+        zeros[name] = replace(scheme, sparsity=max(scheme.sparsity, before.sparsity))
     return made, zeros
 
 

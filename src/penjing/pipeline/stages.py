@@ -25,6 +25,7 @@ from penjing.methods.base import Remake
 from penjing.methods.pruning.channels import StreamCut
 from penjing.methods.pruning.cut import UnitCut
 from penjing.methods.pruning.layer_cut import LayerCut
+from penjing.methods.pruning.taylor import WeightPruning
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
 from penjing.models import Layout, layout_of
@@ -39,6 +40,7 @@ from penjing.pipeline.trained import make_trained
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
+from penjing.pipeline.weight_pruning import prune_weights
 from penjing.pipeline.weights import ShardReader, Weights
 from penjing.planning import Plan, plan_walk
 from penjing.recipe import Recipe, Step
@@ -83,6 +85,7 @@ MAKERS: dict[type[Remake], Maker] = {
     UnitCut: cut_units,
     StreamCut: cut_channels,
     LayerCut: cut_layers,
+    WeightPruning: prune_weights,
 }
 """Who does the work of each kind of `Remake`."""
 

@@ -79,6 +79,23 @@ class SparsityOptions(Options):
         return replace(before, sparsity=max(before.sparsity, self.fraction), pattern=self.zeros_of or before.pattern)
 
 
+class ProtectOptions(Options):
+    """Recipe keys that leave the first and the last blocks as they are."""
+
+    protect_first: int = Field(0, ge=0, description="blocks at the beginning that stay as they are")
+    protect_last: int = Field(0, ge=0, description="blocks at the end that stay as they are")
+
+    def free_blocks(self, blocks: int) -> range:
+        """The blocks that may change, of so many; ValueError when none may."""
+        free = range(self.protect_first, blocks - self.protect_last)
+        if not free:
+            raise ValueError(
+                f"protect_first: {self.protect_first} and protect_last: {self.protect_last} leave none of {blocks} "
+                "blocks to prune"
+            )
+        return free
+
+
 class RefitOptions(SparsityOptions):
     """Recipe keys of methods that only choose a mask: what becomes of the weights it keeps."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penjing.methods.adaptation.low_rank_change import matrices
 from penjing.methods.training import Batch, Loss, Objective, TrainTask
+from penjing.models.layout import Layout
+from penjing.representations import Scheme
 
 
 class HeldMasks(nn.Module):
@@ -56,6 +59,11 @@ class HeldMasks(nn.Module):
 def inside(task: TrainTask) -> dict[str, nn.Parameter]:
     """The matrices of the blocks, by name."""
     return {name: module.get_parameter(own) for name, module, own in matrices(task.model)}
+
+
+def everywhere(layout: Layout, options: Any) -> dict[str, Scheme]:
+    """Schemes of the linears of the blocks, when all together lose the share `options.sparsity`."""
+    return {module.name: Scheme(sparsity=options.sparsity) for module in layout.modules if module.kind == "linear"}
 
 
 def _key(name: str) -> str:

@@ -17,9 +17,11 @@ from penjing.methods.pruning import (
     replaceme,
     shortgpt,
     sparsegpt,
+    taylor,
     wanda,
 )
 from penjing.methods.pruning.options import RefitOptions, caution, needs_of_mask
+from penjing.methods.pruning.scheduled import everywhere
 from penjing.methods.pruning.unit_scores import SCORES
 from penjing.methods.training import Trained
 from penjing.statistics import ColumnNorm, CosineChange, Gram
@@ -63,6 +65,14 @@ TABLE: tuple[Method, ...] = (
         needs=lambda options: (Gram,),
         caution=caution,
         row_wise=lambda options: options.pattern is not None,
+    ),
+    Method(
+        name="taylor",
+        summary="remove the weights without which the loss would change least, by gradients on a few texts",
+        paper="arXiv:1611.06440",
+        options=taylor.TaylorOptions,
+        remake=taylor.WEIGHT_PRUNING,
+        caution=caution,
     ),
     Method(
         name="shortgpt",
@@ -139,13 +149,13 @@ TABLE: tuple[Method, ...] = (
         summary="train, and remove a few more of the smallest weights every few steps, on a cubic schedule",
         paper="arXiv:1710.01878",
         options=gradual.GradualOptions,
-        remake=Trained(start=gradual.train, prunes=lambda options: options.sparsity),
+        remake=Trained(start=gradual.train, prunes=everywhere),
     ),
     Method(
         name="lottery-ticket",
         summary="train, prune, go back to early weights, train again; with the controls that make it an experiment",
         paper="arXiv:1803.03635",
         options=lottery_ticket.LotteryOptions,
-        remake=Trained(start=lottery_ticket.train, prunes=lambda options: options.sparsity),
+        remake=Trained(start=lottery_ticket.train, prunes=everywhere),
     ),
 )
