@@ -208,9 +208,8 @@ TRAINED: dict[str, Case] = {
     "wanda, recover": Case((step("wanda", sparsity=0.5), RECOVER), "native"),
     "wanda, recover, gptq": Case((step("wanda", sparsity=0.5), RECOVER, four("gptq")), "native", "mixtral"),
     "gradual, gptq": Case((step("gradual", sparsity=0.5, steps=4, every=1, batch_size=2), four("gptq")), "native"),
-    "taylor over the model, gptq": Case(
-        (step("taylor", sparsity=0.5, scope="global"), four("gptq")), "native", "mixtral"
-    ),
+    "movement": Case((step("movement", sparsity=0.5, steps=4, every=1, batch_size=2),), "native", "mixtral"),
+    "taylor, gptq": Case((step("taylor", sparsity=0.5, scope="global"), four("gptq")), "native", "mixtral"),
     "taylor 2:4": Case((step("taylor", pattern="2:4", criterion="taylor", protect_first=1),), "native", "gpt2"),
     "lottery ticket": Case((step("lottery-ticket", steps=2, levels=2, rewind=1),), "native", "gpt2"),
     "gptq, peqa": Case((four("gptq"), step("peqa", iterations=2, batch_size=2)), "native"),

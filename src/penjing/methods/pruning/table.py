@@ -13,6 +13,7 @@ from penjing.methods.pruning import (
     layer_cut,
     lottery_ticket,
     magnitude,
+    movement,
     named_blocks,
     replaceme,
     shortgpt,
@@ -150,6 +151,13 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:1710.01878",
         options=gradual.GradualOptions,
         remake=Trained(start=gradual.train, prunes=everywhere),
+    ),
+    Method(
+        name="movement",
+        summary="train, and remove the weights that training draws towards zero, on a cubic schedule",
+        paper="arXiv:2005.07683",
+        options=movement.MovementOptions,
+        remake=Trained(start=movement.train, prunes=everywhere),
     ),
     Method(
         name="lottery-ticket",
