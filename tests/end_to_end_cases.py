@@ -208,6 +208,7 @@ TRAINED: dict[str, Case] = {
     "wanda, recover": Case((step("wanda", sparsity=0.5), RECOVER), "native"),
     "wanda, recover, gptq": Case((step("wanda", sparsity=0.5), RECOVER, four("gptq")), "native", "mixtral"),
     "gradual, gptq": Case((step("gradual", sparsity=0.5, steps=4, every=1, batch_size=2), four("gptq")), "native"),
+    "loraprune, gptq": Case((step("loraprune", sparsity=0.5, every=1, multiple=32, **BRIEF), four("gptq"))),
     "movement": Case((step("movement", sparsity=0.5, steps=4, every=1, batch_size=2),), "native", "mixtral"),
     "taylor, gptq": Case((step("taylor", sparsity=0.5, scope="global"), four("gptq")), "native", "mixtral"),
     "taylor 2:4": Case((step("taylor", pattern="2:4", criterion="taylor", protect_first=1),), "native", "gpt2"),

@@ -89,7 +89,7 @@ def allocate(
         str,
         typer.Option(
             metavar="LIST",
-            help="bits, also with a group size (3g64); sparsity (50%), also with bits (2:4+4); methods; `dense`; `drop`",
+            help="bits, also with a group size (3g64); sparsity (50%), also with bits (2:4+4); methods; dense; drop",
         ),
     ] = "2,3,4,6,8",
     by: Annotated[

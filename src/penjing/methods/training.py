@@ -60,11 +60,13 @@ class TrainTask:
     model    the student in fp32, as the steps before left it; nothing requires a gradient yet
     teacher  loads the dense model that is to be matched; without gradients, in evaluation mode
     kept     bool (N, K) in the orientation of the live parameter, by parameter name: zeros elsewhere must stay zeros
+    config   the model's config.json
     """
 
     model: nn.Module
     teacher: Callable[[], nn.Module]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

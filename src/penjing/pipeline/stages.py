@@ -25,6 +25,7 @@ from penjing.methods.base import Remake
 from penjing.methods.pruning.channels import StreamCut
 from penjing.methods.pruning.cut import UnitCut
 from penjing.methods.pruning.layer_cut import LayerCut
+from penjing.methods.pruning.loraprune import TrainedCut
 from penjing.methods.pruning.taylor import WeightPruning
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
@@ -36,7 +37,7 @@ from penjing.pipeline.layer_cut import cut_layers
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
-from penjing.pipeline.trained import make_trained
+from penjing.pipeline.trained import make_trained, make_trained_cut
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
@@ -82,6 +83,7 @@ Maker = Callable[[RemakeTask], Mapping[str, Any]]
 
 MAKERS: dict[type[Remake], Maker] = {
     Trained: make_trained,
+    TrainedCut: make_trained_cut,
     UnitCut: cut_units,
     StreamCut: cut_channels,
     LayerCut: cut_layers,

@@ -57,7 +57,8 @@ class TrainStage:
         """
         batches, seen = self.batches(options)
         model = load_model(self.source, trust_remote_code=self.trust_remote_code)
-        task = TrainTask(model, lambda: self.teacher(options), zeros_of(model) if self.sparse else {})
+        kept = zeros_of(model) if self.sparse else {}
+        task = TrainTask(model, lambda: self.teacher(options), kept, self.source.config)
         torch.manual_seed(options.seed)
         training = method(task, options)
         marks = {"method": name, "model": self.source.fingerprint(), "data": seen}

@@ -114,11 +114,21 @@ def kinds_of(options: Any) -> tuple[UnitKind, ...]:
     return tuple(kind for kind in kinds if getattr(options, kind))
 
 
-def _config(biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> Mapping[str, Any]:
-    """config.json of the model that is left. Raises PlanError or ValueError when there is none."""
+def narrow_config(
+    config: Mapping[str, Any], layout: Layout, options: SizeOptions, *, biased: bool = False
+) -> Mapping[str, Any]:
+    """config.json of the model that is left. Raises PlanError or ValueError when there is none.
+
+    biased  it has biases where the means of what goes can be
+    """
     config, layout, couplings = _prepared(biased, config, layout, options)
-    kept = _kept(couplings, kinds_of(options), options, partial(_parameters, layout, couplings))
-    return narrow_units(config, layout, couplings, kept).config
+    return narrow_units(config, layout, couplings, kept_of(config, layout, options)).config
+
+
+def kept_of(config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> Kept:
+    """How many units of each kind stay. Raises ValueError where a number of parameters cannot be reached."""
+    couplings = find_couplings(config, layout)
+    return _kept(couplings, kinds_of(options), options, partial(_parameters, layout, couplings))
 
 
 def _sizes(biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions) -> list[Size]:
@@ -141,10 +151,9 @@ def _prepared(
 ) -> tuple[Mapping[str, Any], Layout, Sequence[Couplings]]:
     """The model before units go, with the biases that the step gives it. ValueError where nothing can go."""
     couplings = find_couplings(config, layout)
-    kinds = kinds_of(options)
-    _require_units(layout, couplings, kinds)
+    _require_units(layout, couplings, kinds_of(options))
     if biased:
-        config = _with_biases(config, layout, kinds)
+        config = _with_biases(config, layout, kinds_of(options))
         layout = layout_of(config)
     return config, layout, couplings
 
@@ -243,7 +252,7 @@ def _has_bias(layout: Layout, consumer: str) -> bool:
 def unit_cut(score: Callable[[Any], UnitScore], *, refit: Callable[[Any], bool], biased: bool = False) -> UnitCut:
     """The row of a method that removes units."""
     return UnitCut(
-        config=partial(_config, biased),
+        config=partial(narrow_config, biased=biased),
         sizes=partial(_sizes, biased),
         keeps_zeros=lambda options: not refit(options),
         score=score,

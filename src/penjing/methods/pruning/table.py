@@ -11,6 +11,7 @@ from penjing.methods.pruning import (
     gradual,
     greedy_layers,
     layer_cut,
+    loraprune,
     lottery_ticket,
     magnitude,
     movement,
@@ -144,6 +145,13 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2305.11627",
         options=cut.LLMPrunerOptions,
         remake=cut.unit_cut(cut.llm_pruner_score, refit=lambda options: options.refit),
+    ),
+    Method(
+        name="loraprune",
+        summary="train low-rank changes, and remove the heads and neurons that their gradients find unimportant",
+        paper="arXiv:2305.18403",
+        options=loraprune.LoRAPruneOptions,
+        remake=loraprune.LORAPRUNE,
     ),
     Method(
         name="gradual",
