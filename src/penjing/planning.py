@@ -19,6 +19,7 @@ from penjing.errors import MissingDependency, PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.formats.base import OneFile, WithGraph
 from penjing.methods.base import Rewriting
+from penjing.methods.pruning.cut import SizeOptions
 from penjing.methods.training import TrainOptions
 from penjing.mixes import written_out
 from penjing.models import layout_of
@@ -167,7 +168,11 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
         if stage.remake is None:
             break
         plan = _with_training(plan, stage.remake)
+        before = config
         config, given = _remade(plan, config, stage.remake)
+        if isinstance(stage.remake.options, SizeOptions) and config == before:
+            words = "the amount, rounded to whole units and to `multiple`, is what the model has"
+            plan = replace(plan, warnings=(*plan.warnings, f"{stage.remake.label} removes nothing: {words}"))
         layout = layout_of(config, trust_remote_code=trust_remote_code)
     assert plan is not None  # a recipe's stages end with one that makes no other model
     if isinstance(plan.format, OneFile):

@@ -255,3 +255,49 @@ def test_a_width_that_breaks_a_later_group_is_refused_before_the_cut(tiny_model,
     steps[0]["multiple"] = 32
     found = api.plan(tiny_model("llama"), recipe(short, *steps, format="compressed-tensors"))
     assert found.layout.by_name["model.layers.0.mlp.down_proj"].shape == (64, 96)
+
+
+CONFIG_ONLY = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "message"),
+    [
+        (
+            {"model_type": "llama", "num_key_value_heads": 3, "intermediate_size": 96},
+            "heads",
+            "4 attention heads do not divide into groups for 3 key-value heads",
+        ),
+        ({"model_type": "mamba"}, "neurons", r"backbone.layers.\*.mixer \(it holds A_log, D\) on one token failed"),
+        (
+            {"model_type": "granitemoe", "num_local_experts": 4, "intermediate_size": 96},
+            "neurons",
+            "layers.0.block_sparse_moe.experts.gate_up_proj is a stack of matrices",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
+)
+def test_what_is_not_known_to_be_coupled_is_named(config, method, message, short, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_ONLY | config))
+    with pytest.raises(PlanError, match=message):
+        plan(tmp_path, short, {"method": method, "sparsity": 0.5})
+
+
+def test_multiples_are_of_the_width_of_all_heads(tiny_model, short) -> None:
+    step = {"method": "llm-pruner", "sparsity": 0.5, "multiple": 16}
+    found = plan(tiny_model("llama"), short, step).layout
+    assert found.by_name["model.layers.0.self_attn.o_proj"].shape == (64, 32)
+    assert found.by_name["model.layers.0.mlp.down_proj"].shape == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"method": "heads", "sparsity": 0.4},
+        {"method": "neurons", "sparsity": 0.1, "multiple": 32},
+        {"method": "neurons", "sparsity": 0.5, "multiple": 1000},
+    ],
+)
+def test_a_plan_says_so_when_nothing_goes(step, tiny_model, short) -> None:
+    said = plan(tiny_model("llama"), short, step).warnings
+    assert any(f"step 1 ({step['method']}) removes nothing" in line for line in said)

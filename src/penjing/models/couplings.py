@@ -14,6 +14,7 @@ What reaches every input of a linear at once (through a norm, say) couples nothi
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -190,12 +191,22 @@ class _BlockProbe:
             return outputs[0]
         except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
             raise PlanError(
-                f"what is coupled in a {self._layout.model_type} block could not be found: running it on one token "
-                f"failed with {error}"
+                f"what is coupled in a {self._layout.model_type} block could not be found: running "
+                f"{self._where(error)} on one token failed with {error}"
             ) from error
         finally:
             hook.remove()
         raise PlanError(f"what is coupled in {self._layout.model_type} could not be found: its blocks never ran")
+
+    def _where(self, error: BaseException) -> str:
+        """The innermost module of the block in which an error arose, and its own tensors."""
+        names = {id(module): name for name, module in self._block.named_modules()}
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        inside = [part for part in frames if isinstance(part, nn.Module) and names.get(id(part))]
+        if not inside:
+            return f"{self._layout.block_path} or what calls it"
+        tensors = ", ".join(name for name, _ in inside[-1].named_parameters(recurse=False))
+        return f"{self._layout.block_path}.*.{names[id(inside[-1])]}" + (f" (it holds {tensors})" if tensors else "")
 
     @contextmanager
     def _stubbed(self) -> Iterator[None]:

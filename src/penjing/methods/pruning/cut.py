@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -21,7 +22,7 @@ from penjing.methods.pruning.unit_scores import SCORES, UnitScore, taylor
 from penjing.models import layout_of
 from penjing.models.couplings import Couplings, UnitKind, find_couplings
 from penjing.models.layout import Layout
-from penjing.models.narrowing import Kept, narrow_units
+from penjing.models.narrowing import HEADS, KEY_VALUE_HEADS, Kept, narrow_units
 from penjing.numerics.masks import dropped_of
 
 Score = Literal[
@@ -150,6 +151,11 @@ def _prepared(
     biased: bool, config: Mapping[str, Any], layout: Layout, options: SizeOptions
 ) -> tuple[Mapping[str, Any], Layout, Sequence[Couplings]]:
     """The model before units go, with the biases that the step gives it. ValueError where nothing can go."""
+    heads, groups = (next((config[key] for key in keys if config.get(key)), 1) for keys in (HEADS, KEY_VALUE_HEADS))
+    if heads % groups:
+        raise ValueError(
+            f"{heads} attention heads do not divide into groups for {groups} key-value heads: config.json is damaged"
+        )
     couplings = find_couplings(config, layout)
     _require_units(layout, couplings, kinds_of(options))
     if biased:
@@ -162,10 +168,17 @@ def _require_units(layout: Layout, couplings: Sequence[Couplings], kinds: Sequen
     for kind in kinds:
         for index, block in enumerate(couplings):
             if not block.of(kind):
-                said = "; ".join(f"{name}.weight: {reason}" for name, reason in block.unresolved.items())
+                said = [f"{name}.weight: {reason}" for name, reason in block.unresolved.items()]
+                said += [
+                    f"{module.name}.{key} is a stack of matrices, which is not taken apart in {layout.model_type}"
+                    for module in layout.of_block(index)
+                    for key, shape in module.tensors.items()
+                    if len(shape) > 2
+                ]
+                linears = [module.name for module in layout.of_block(index) if module.kind == "linear"]
                 raise ValueError(
-                    f"{layout.block_name(index)} has no {kind} that can be removed"
-                    + (f": {said}" if said else "; no linear there reads units of that kind")
+                    f"{layout.block_name(index)} has no {kind} that can be removed: "
+                    + ("; ".join(said) or f"none of {', '.join(linears)} reads units that could go one by one")
                 )
 
 
@@ -176,11 +189,11 @@ def _kept(
     parameters: Callable[[Kept], int],
 ) -> Kept:
     """How many units of each kind stay."""
-    sizes = {(found.kind, found.units) for block in couplings for found in block.found if found.kind in kinds}
+    steps = _steps(couplings, kinds, options.multiple)
     if options.sparsity is not None:
         return {
-            (kind, units): _rounded(units - dropped_of(units, options.sparsity), units, options.multiple)
-            for kind, units in sorted(sizes)
+            (kind, units): _rounded(units - dropped_of(units, options.sparsity), units, step)
+            for (kind, units), step in steps.items()
         }
     if options.params is None:
         raise ValueError("a `speedup` is worked out on the machine before a plan is made; give `sparsity` or `params`")
@@ -188,19 +201,25 @@ def _kept(
     for kept in _widths(couplings, kinds, options.multiple):
         if parameters(kept) <= target:
             return kept
-    least = parameters({(kind, units): min(units, options.multiple) for kind, units in sizes})
+    least = parameters({(kind, units): min(units, step) for (kind, units), step in steps.items()})
     raise ValueError(
         f"params: {options.params} cannot be reached by removing {' and '.join(kinds)} alone: what is left has at "
         f"least {least:,} parameters"
     )
 
 
+def _steps(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple: int) -> dict[tuple[UnitKind, int], int]:
+    """Units of a kind and number that go at a time, so that the width of what is left is a multiple of `multiple`."""
+    found = (coupling for block in couplings for coupling in block.found if coupling.kind in kinds)
+    return dict(sorted({(one.kind, one.units): multiple // gcd(multiple, one.columns.shape[1]) for one in found}.items()))
+
+
 def _widths(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple: int) -> Iterator[Kept]:
     """How many units of each kind could stay, from all of them down, in the same proportion for all kinds."""
-    sizes = sorted({(found.kind, found.units) for block in couplings for found in block.found if found.kind in kinds})
-    most, last = max(units for _, units in sizes), None
+    steps = _steps(couplings, kinds, multiple)
+    most, last = max(units for _, units in steps), None
     for left in range(most, 0, -1):
-        kept = {(kind, units): max(1, units * left // most) // multiple * multiple for kind, units in sizes}
+        kept = {(kind, units): max(1, units * left // most) // step * step for (kind, units), step in steps.items()}
         if 0 in kept.values():
             return
         if kept != last:
@@ -210,7 +229,7 @@ def _widths(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple:
 
 def _rounded(kept: int, units: int, multiple: int) -> int:
     """The multiple nearest to `kept`, at least one and at most what there is."""
-    return max(1, round(kept / multiple)) * multiple if multiple <= units else units
+    return min(max(1, round(kept / multiple)), units // multiple) * multiple if multiple <= units else units
 
 
 def _parameters(layout: Layout, couplings: Sequence[Couplings], kept: Kept) -> int:

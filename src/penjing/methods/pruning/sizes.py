@@ -71,7 +71,9 @@ class TargetOptions(Options):
 class SizeOptions(TargetOptions):
     """Recipe keys of a step that makes a model narrower."""
 
-    multiple: int = Field(1, ge=1, description="widths become multiples of it, as groups of a later quantiser may need")
+    multiple: int = Field(
+        1, ge=1, description="widths (heads: all together) become multiples, as groups of a later quantiser may need"
+    )
 
 
 class BlockOptions(TargetOptions):
