@@ -9,6 +9,7 @@ import torch
 from penjing.costs import compares
 from penjing.errors import PlanError
 from penjing.formats import Format
+from penjing.methods.pruning.options import ProtectOptions
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.numerics.scale_search import free_scales
 from penjing.recipe import Recipe, Step
@@ -119,4 +120,15 @@ def blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
     total = sum(getattr(step.options, "drop", 0) for step in selecting)
     if total >= layout.blocks:
         raise PlanError(f"the recipe removes {total} of {layout.blocks} blocks; at least one must stay")
+    left = layout.blocks
+    for step in recipe.steps:
+        if isinstance(step.options, ProtectOptions) and step.definition.select is not None:
+            try:
+                free = len(step.options.free_blocks(left))
+            except ValueError as error:
+                raise PlanError(f"{step.label}: {error}") from error
+            drop = getattr(step.options, "drop", 0)
+            if drop > free:
+                raise PlanError(f"{step.label}: drop: {drop} is more than the {free} blocks that are not protected")
+            left -= drop
     return total

@@ -18,6 +18,7 @@ from penjing.methods.pruning.greedy_layers import greedy
 from penjing.methods.pruning.minitron import channel_scores, window_energy
 from penjing.methods.pruning.refit import refit, refit_with_bias
 from penjing.methods.pruning.replaceme import folded, transform
+from penjing.methods.pruning.shortgpt import ShortGPTOptions, select
 from penjing.methods.pruning.slicing import normalised_covariance, principal_axes
 from penjing.methods.pruning.structured_obs import structured_obs
 from penjing.methods.pruning.unit_norms import activation, contribution, magnitude
@@ -63,10 +64,14 @@ def test_worked_examples() -> None:
     assert of_groups(torch.tensor([1.0, 3, 5, 7]), 2).tolist() == [2, 6]
     two = torch.stack([torch.tensor([[1.0], [-1]]), torch.tensor([[2.0], [2]])])
     assert channel_scores([window_energy(two)]).item() == pytest.approx(math.sqrt(5))
-    assert greedy(3, 2, lambda keep: [0.3, 0.1, 0.2] if len(keep) == 3 else [0.9, 0.5]) == [1, 2]
+    losses = {3: [0.3, 0.1, 0.2], 2: [0.9, 0.5]}
+    assert greedy(3, 2, lambda keep: losses[len(keep)]) == [1, 2]
+    assert greedy(3, 1, lambda keep: losses[len(keep)], range(2, 3)) == [2]
+    assert select(torch.tensor([0.1, 0.3, 0.2]), ShortGPTOptions(drop=1, protect_first=1)) == [2]
     states = torch.tensor([[[1.0, 0]], [[0.0, 1]], [[0.0, 2]]])
     assert angular_distances(states, 1).tolist() == pytest.approx([0.5, 0])
     assert nearest_run(states, 1) == [1]
+    assert nearest_run(states, 1, range(0, 1)) == [0]
     matrix = transform(torch.eye(2), torch.diag(torch.tensor([2.0, 3])), ridge=1e-9)
     torch.testing.assert_close(folded(matrix, torch.ones(2, 1)), torch.tensor([[2.0], [3]]), rtol=1e-6, atol=1e-6)
 

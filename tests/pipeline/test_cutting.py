@@ -224,6 +224,9 @@ def test_replaceme_is_better_than_plain_removal_where_there_is_text_enough(tiny_
         ("mistral", {"method": "flap", "sparsity": 0.5}, "has no bias and config.json cannot give it one"),
         ("llama", {"method": "neurons", "params": "10"}, "cannot be reached by removing neurons alone"),
         ("llama", {"method": "angular-layers", "drop": 2}, "leaves none of 2 blocks"),
+        ("llama", {"method": "shortgpt", "drop": 1, "protect_last": 2}, "leave none of 2 blocks to change"),
+        ("llama", {"method": "greedy-layers", "drop": 1, "protect_first": 2}, "leave none of 2 blocks to change"),
+        ("llama", {"method": "replaceme", "drop": 1, "protect_last": 1}, "leave none of 2 blocks to change"),
         ("llama", {"method": "channels", "params": "10"}, "cannot be reached by removing channels alone"),
     ],
 )

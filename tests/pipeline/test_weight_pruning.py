@@ -133,7 +133,7 @@ def test_experts_that_no_token_reached_are_judged_by_magnitude(tiny_model, short
     ("step", "message"),
     [
         ({"pattern": "3:7"}, r"pattern 3:7: model.layers.0.self_attn.q_proj has 64 inputs, which is no multiple of 7"),
-        ({"sparsity": 0.5, "protect_first": 2}, "leave none of 2 blocks to prune"),
+        ({"sparsity": 0.5, "protect_first": 2}, "leave none of 2 blocks to change"),
     ],
 )
 def test_what_cannot_be_is_refused_at_plan_time(step, message, tiny_model, short) -> None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from penjing.errors import RecipeError
+from penjing.methods.pruning.options import ProtectOptions
 from penjing.methods.pruning.sizes import BlockOptions
 
 
-class RunOptions(BlockOptions):
+class RunOptions(BlockOptions, ProtectOptions):
     """Recipe keys of methods that remove neighbouring blocks."""
 
 
@@ -39,7 +40,14 @@ def angular_distances(states: Tensor, run: int) -> Tensor:
     return cosine.arccos().mean(1) / math.pi
 
 
-def nearest_run(states: Tensor, run: int) -> list[int]:
-    """The `run` neighbouring blocks whose removal turns the hidden state least; of equals the first."""
-    start = int(angular_distances(states, run).argmin())
+def nearest_run(states: Tensor, run: int, free: range | None = None) -> list[int]:
+    """The `run` neighbouring blocks, all of them in `free`, whose removal turns the hidden state least.
+
+    Of equals the first. Raises RecipeError when no block would be left, or `free` is shorter than the run.
+    """
+    distances = angular_distances(states, run)
+    free = range(len(states) - 1) if free is None else free
+    if run > len(free):
+        raise RecipeError(f"a run of {run} does not fit into the {len(free)} blocks that may go")
+    start = free.start + int(distances[free.start : free.stop - run + 1].argmin())
     return list(range(start, start + run))

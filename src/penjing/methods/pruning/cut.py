@@ -211,7 +211,8 @@ def _kept(
 def _steps(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple: int) -> dict[tuple[UnitKind, int], int]:
     """Units of a kind and number that go at a time, so that the width of what is left is a multiple of `multiple`."""
     found = (coupling for block in couplings for coupling in block.found if coupling.kind in kinds)
-    return dict(sorted({(one.kind, one.units): multiple // gcd(multiple, one.columns.shape[1]) for one in found}.items()))
+    steps = {(one.kind, one.units): multiple // gcd(multiple, one.columns.shape[1]) for one in found}
+    return dict(sorted(steps.items()))
 
 
 def _widths(couplings: Sequence[Couplings], kinds: Sequence[UnitKind], multiple: int) -> Iterator[Kept]:

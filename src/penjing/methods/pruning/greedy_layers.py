@@ -18,27 +18,33 @@ from typing import Literal
 from pydantic import Field
 
 from penjing.errors import RecipeError
+from penjing.methods.pruning.options import ProtectOptions
 from penjing.methods.pruning.sizes import BlockOptions
 
 
-class GreedyOptions(BlockOptions):
+class GreedyOptions(BlockOptions, ProtectOptions):
     """Recipe keys of greedy removal of blocks."""
 
     loss: Literal["kl", "perplexity"] = Field("kl", description="what is measured without each block")
     windows: int = Field(4, ge=1, description="calibration windows it is measured on, from the first")
 
 
-def greedy(blocks: int, drop: int, losses: Callable[[Sequence[int]], Sequence[float]]) -> list[int]:
-    """Indices of `drop` blocks to remove, ascending.
+def greedy(
+    blocks: int, drop: int, losses: Callable[[Sequence[int]], Sequence[float]], free: range | None = None
+) -> list[int]:
+    """Indices of `drop` blocks to remove, ascending, all of them in `free`.
 
     losses  of the model of blocks `keep` without each of them in turn, as many as `keep` is long
 
-    Raises RecipeError when no block would be left.
+    Raises RecipeError when no block would be left, or more should go than are free.
     """
+    free = range(blocks) if free is None else free
+    if drop > len(free) and drop < blocks:
+        raise RecipeError(f"drop {drop} is more than the {len(free)} blocks that may go")
     if drop >= blocks:
         raise RecipeError(f"drop {drop} leaves none of {blocks} blocks; drop at most {blocks - 1}")
     keep = list(range(blocks))
     for _ in range(drop):
         found = losses(keep)
-        del keep[min(range(len(keep)), key=lambda position: found[position])]
+        del keep[min((at for at, block in enumerate(keep) if block in free), key=lambda at: found[at])]
     return sorted(set(range(blocks)) - set(keep))

@@ -60,25 +60,29 @@ def _shorter(config: Mapping[str, Any], layout: Layout, options: Any) -> Mapping
         raise ValueError("how many blocks go is worked out before a plan is made; give `drop`")
     if options.drop >= layout.blocks:
         raise ValueError(f"drop: {options.drop} leaves none of {layout.blocks} blocks; at least one must stay")
+    if options.drop > len(free := options.free_blocks(layout.blocks)):
+        raise ValueError(f"drop: {options.drop} is more than the {len(free)} blocks that are not protected")
     return shortened(config, layout.blocks, range(layout.blocks - options.drop))
 
 
 def _bridged(config: Mapping[str, Any], layout: Layout, options: ReplaceMeOptions) -> Mapping[str, Any]:
     last_linears(config, layout, 0)
+    _shorter(config, layout, options.model_copy(update={"protect_first": max(1, options.protect_first)}))
     return _shorter(config, layout, options)
 
 
 def _inner_run(states: Tensor, options: ReplaceMeOptions) -> list[int]:
     """The nearest run that has a block before it."""
-    return [index + 1 for index in nearest_run(states[1:], options.drop)]
+    free = options.free_blocks(len(states) - 1)
+    return nearest_run(states, options.drop, range(max(1, free.start), free.stop))
 
 
 def _greedy(blocks: int, options: GreedyOptions, losses: Losses) -> list[int]:
-    return greedy(blocks, options.drop, losses)
+    return greedy(blocks, options.drop, losses, options.free_blocks(blocks))
 
 
 def _nearest(states: Tensor, options: RunOptions) -> list[int]:
-    return nearest_run(states, options.drop)
+    return nearest_run(states, options.drop, options.free_blocks(len(states) - 1))
 
 
 def _bridge(gram: Tensor, cross: Tensor, options: ReplaceMeOptions) -> Tensor:

@@ -91,7 +91,7 @@ class ProtectOptions(Options):
         if not free:
             raise ValueError(
                 f"protect_first: {self.protect_first} and protect_last: {self.protect_last} leave none of {blocks} "
-                "blocks to prune"
+                "blocks to change"
             )
         return free
 

@@ -12,13 +12,15 @@ Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Red
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from penjing.errors import RecipeError
+from penjing.methods.pruning.options import ProtectOptions
 from penjing.methods.pruning.sizes import BlockOptions
 
 
-class ShortGPTOptions(BlockOptions):
+class ShortGPTOptions(BlockOptions, ProtectOptions):
     """Recipe keys of ShortGPT."""
 
 
@@ -35,4 +37,7 @@ def shortgpt(influence: Tensor, drop: int) -> list[int]:
 
 def select(influence: Tensor, options: ShortGPTOptions) -> list[int]:
     """Blocks to remove, from one influence per block."""
-    return shortgpt(influence, options.drop)
+    free = options.free_blocks(len(influence))
+    open_to_removal = torch.zeros(len(influence), dtype=torch.bool)
+    open_to_removal[free.start : free.stop] = True
+    return shortgpt(influence.masked_fill(~open_to_removal, torch.inf), options.drop)
