@@ -27,18 +27,22 @@ from penjing.pipeline.measure import Candidate
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import TextSource
 from penjing.pipeline.weights import Weights
+from penjing.recipe import Recipe, load_recipe
 
 Steps = list[dict[str, Any]]
 
-FACTORED = {"ratio": 0.8, "multiple": 1}
+EIGHT, NINE = {"ratio": 0.8, "multiple": 1}, {"ratio": 0.9, "multiple": 1}
 THREE = {"bits": 3, "scale_rule": "signed-max"}
 TABLE = {"targets": ["embedding"]}
 
 RUNS: dict[str, Steps] = {
-    # 80 % of the parameters of every linear
-    "svd, 0.8": [{"method": "svd", **FACTORED}],
-    "asvd, 0.8": [{"method": "asvd", **FACTORED}],
-    "svd-llm, 0.8": [{"method": "svd-llm", **FACTORED}],
+    # 80 and 90 % of the parameters of every linear
+    "svd, 0.8": [{"method": "svd", **EIGHT}],
+    "asvd, 0.8": [{"method": "asvd", **EIGHT}],
+    "svd-llm, 0.8": [{"method": "svd-llm", **EIGHT}],
+    "svd, 0.9": [{"method": "svd", **NINE}],
+    "asvd, 0.9": [{"method": "asvd", **NINE}],
+    "svd-llm, 0.9": [{"method": "svd-llm", **NINE}],
     # 16 values per row
     "rtn, 4 bits, per row": [{"method": "rtn", "bits": 4, "group_size": "channel", "scale_search": "diagonal"}],
     "kmeans, 4 bits, per row": [{"method": "kmeans", "bits": 4}],
@@ -58,6 +62,12 @@ RUNS: dict[str, Steps] = {
 }
 """Name -> steps, in the order in which they are measured."""
 
+BUDGETS = {"svd-llm, 0.8, ranks by budget": ("svd-llm", EIGHT), "svd-llm, 0.9, ranks by budget": ("svd-llm", NINE)}
+"""Name -> method and keys of a step of which `penjing ranks` makes one step per rank, with as many parameters."""
+
+HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "deep-compression")
+"""Built-in recipes of more than one family, with the calibration text of this benchmark."""
+
 
 def main() -> None:
     """Parse, run what is missing, print, write."""
@@ -76,7 +86,9 @@ def main() -> None:
     result: dict[str, Any] = {"runs": {}}
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
-    chosen = [name for name in RUNS if not options.only or any(word in name for word in options.only)]
+    chosen = [
+        name for name in (*RUNS, *BUDGETS, *HYBRIDS) if not options.only or any(word in name for word in options.only)
+    ]
     missing = [name for name in chosen if name not in result["runs"]]
     if not missing:
         return
@@ -86,7 +98,7 @@ def main() -> None:
     result["evaluation"], result["software"] = text.protocol.sentence(), Software.here().__dict__
     result["dense_perplexity"] = measure.compare(dense, text.tokens).result().perplexity
     for name in missing:
-        result["runs"][name] = measured(RUNS[name], options, text.tokens, dense, result)
+        result["runs"][name] = measured(recipe_of(name, options), options, text.tokens, dense, result)
         write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
         print(name, json.dumps(result["runs"][name]), flush=True)
 
@@ -97,12 +109,21 @@ def candidate(checkpoint: Checkpoint, tokens: Tensor) -> Candidate:
     return measure.run(StreamedModel(checkpoint.config, layout, Weights(checkpoint, layout).live), tokens)
 
 
+def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
+    """The recipe of a row."""
+    calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
+    if name in HYBRIDS:
+        return load_recipe(load_recipe(name).as_dict() | {"calibration": calibration})
+    method, keys = BUDGETS.get(name, ("", {}))
+    steps = [{"method": method, **keys}] if method else RUNS[name]
+    recipe = load_recipe({"version": 1, "format": "native", "steps": steps, "calibration": calibration})
+    return api.ranks(options.model, recipe, ratio=keys["ratio"]).recipe if method else recipe
+
+
 def measured(
-    steps: Steps, options: argparse.Namespace, tokens: Tensor, dense: Candidate, result: dict[str, Any]
+    recipe: Recipe, options: argparse.Namespace, tokens: Tensor, dense: Candidate, result: dict[str, Any]
 ) -> dict[str, Any]:
     """Compress, and compare with the dense model."""
-    calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
-    recipe = {"version": 1, "format": "native", "steps": steps, "calibration": calibration}
     directory = options.work / "model"
     shutil.rmtree(directory, ignore_errors=True)
     report = api.compress(options.model, recipe, directory, evaluated=False)
@@ -113,6 +134,7 @@ def measured(
     weights = sum(row.shape[0] * row.shape[1] for row in changed)
     return {
         "bits_per_weight": 8 * sum(row.bytes for row in changed) / weights,
+        "file_bytes": sum(row.bytes for row in report.modules),
         "predicted_over_real_bytes": report.predicted_bytes / sum(row.bytes for row in report.modules),
         "perplexity": quality.perplexity,
         "kl": quality.kl,
