@@ -28,7 +28,7 @@ from penjing.models.shorter import shortened
 from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
-from penjing.rules import blocks_to_drop, check_fused, check_step, describe, pattern_problems
+from penjing.rules import blocks_to_drop, check_fused, check_remake, check_sharing, check_step, describe, pattern_problems
 from penjing.targets import selected
 
 DENSE = Scheme()
@@ -162,6 +162,8 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
     config: Mapping[str, Any] = checkpoint.config
     plan, given = None, Given()
     for stage in recipe.stages():
+        if stage.remake is not None:
+            check_remake(layout, stage.remake)
         part = recipe.model_copy(update={"steps": stage.steps} | ({"format": "dense"} if stage.remake else {}))
         walk = plan_walk(checkpoint.label, config, layout, part, given)
         plan = replace(walk, before=plan, warnings=(*(plan.warnings if plan else ()), *walk.warnings))
@@ -228,9 +230,10 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         raise PlanError("blocks are removed from a model that an earlier step pruned; remove them before pruning")
     dtype = storage_dtype(config, recipe)
     tied = layout.tied
+    target = FORMATS[recipe.format]
+    check_sharing(layout, recipe, target)
     if (rewriting := _rewriting(recipe, layout)) is not None:
         layout = rewriting.layout
-    target = FORMATS[recipe.format]
     if isinstance(target, OneFile | WithGraph):
         final = config if rewriting is None else {**config, **rewriting.config}
         _refuse(target.refusals(layout, final), label, target.name)

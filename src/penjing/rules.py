@@ -112,6 +112,45 @@ def check_fused(layout: Layout, schemes: Mapping[str, Scheme], target: Format) -
                 )
 
 
+_HOLDS_SHARED = ("native",)
+"""Formats that can say that linears of two blocks have one weight."""
+
+
+def check_sharing(layout: Layout, recipe: Recipe, target: Format) -> None:
+    """What may follow a step after which blocks share weights: methods that look at one matrix, once. Raises PlanError.
+
+    Everything else would need the matrix to be one thing here and another there.
+    """
+    if not layout.owners:
+        return
+    if target.name not in _HOLDS_SHARED:
+        raise PlanError(
+            f"format {target.name} cannot say that blocks share weights, so every copy would be written; use format "
+            f"{' or '.join(_HOLDS_SHARED)}"
+        )
+    for step in recipe.steps:
+        made = step.definition
+        if made.on_model or made.tune:
+            raise PlanError(
+                f"{step.label} changes a model in which blocks share weights as a whole, and would part them; put it "
+                "before the step that shares"
+            )
+        if step.activations or step.options.scheme(Scheme(), torch.float32).activations:
+            raise PlanError(
+                f"{step.label}: where blocks share weights the inputs of each are others, and rounding inputs is not "
+                "supported there; quantise weights only"
+            )
+
+
+def check_remake(layout: Layout, step: Step) -> None:
+    """Whether `step` can make another model of one with this layout. Raises PlanError."""
+    if layout.owners:
+        raise PlanError(
+            f"{step.label} makes another model of one in which blocks share weights, and would part them; put it "
+            "before the step that shares"
+        )
+
+
 def blocks_to_drop(recipe: Recipe, layout: Layout) -> int:
     """How many blocks the recipe's selecting steps remove. Raises PlanError when none would be left."""
     selecting = [step for step in recipe.steps if step.definition.select is not None]

@@ -11,6 +11,7 @@ from penjing.models.families import FAMILIES
 from penjing.models.inferred import inferred_layout
 from penjing.models.known import known_layout
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
+from penjing.models.sharing import CONFIG_KEY, with_sharing
 
 if TYPE_CHECKING:
     from penjing.models.build import build_model, fill, find, release
@@ -39,6 +40,7 @@ def layout_of(
     """
     known = config.get("model_type") in FAMILIES
     layout = known_layout(config) if known else inferred_layout(config, trust_remote_code=trust_remote_code)
+    layout = with_sharing(layout, config.get(CONFIG_KEY))
     if specs is not None and "quantization_config" not in config:
         check_specs(layout, specs)
     return layout

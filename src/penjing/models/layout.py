@@ -71,6 +71,7 @@ class ModuleSpec:
     block       index of the decoder block it belongs to, None outside the blocks
     tensors     parameter name ("weight", "bias", "") -> shape as stored on disk
     transposed  the weight is stored (inputs, outputs), as GPT-2's Conv1D does
+    owner       the linear whose weight it computes with, having none itself; empty where it has, or needs none
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModuleSpec:
     block: int | None
     tensors: Mapping[str, tuple[int, ...]] = field(hash=False)
     transposed: bool = False
+    owner: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,6 +147,11 @@ class Layout:
     def head(self) -> ModuleSpec:
         """The output projection; when tied, a module without tensors of its own."""
         return next(module for module in self.modules if module.kind == "head")
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Linear without a weight of its own -> the linear whose weight it computes with."""
+        return {module.name: module.owner for module in self.modules if module.owner}
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from penjing.methods.pruning.loraprune import TrainedCut
 from penjing.methods.pruning.taylor import WeightPruning
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
+from penjing.methods.weight_sharing.tie import Tie
 from penjing.models import Layout, layout_of
 from penjing.pipeline.channel_cut import cut_channels
 from penjing.pipeline.cutting import cut_units
@@ -38,6 +39,7 @@ from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.trained import make_trained, make_trained_cut
+from penjing.pipeline.tying import tie_blocks
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
@@ -88,6 +90,7 @@ MAKERS: dict[type[Remake], Maker] = {
     StreamCut: cut_channels,
     LayerCut: cut_layers,
     WeightPruning: prune_weights,
+    Tie: tie_blocks,
 }
 """Who does the work of each kind of `Remake`."""
 
@@ -124,9 +127,19 @@ def run_stages(job: Job, journal: Journal, progress: Progress) -> Outcome:
         assert stage.remake is not None and job.calibration is not None
         made.append(_make(folder / "made", job, stage.remake, checkpoint, after, progress))
         checkpoint = open_checkpoint(folder / "made", trust_remote_code=job.trust_remote_code)
-    one = _Walker(job, job.directory, plans[-1], checkpoint, journal, progress)
+    last = _with_owners_of(checkpoint, plans[-1], job.trust_remote_code) if made else plans[-1]
+    one = _Walker(job, job.directory, last, checkpoint, journal, progress)
     walk = one.run()
     return Outcome(walk, one.checkpoint, one.plan, removed + one.removed, made)
+
+
+def _with_owners_of(checkpoint: Checkpoint, plan: Plan, trust_remote_code: bool) -> Plan:
+    """`plan` for the model that was made, where measurement decided which of its linears share weights."""
+    if not plan.layout.owners:
+        return plan
+    layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+    found = plan_walk(plan.label, checkpoint.config, layout, plan.recipe, {})
+    return replace(found, before=plan.before)
 
 
 def clear_stages(directory: Path) -> None:
@@ -273,7 +286,7 @@ def complete(
 
     companion  the model whose tokenizer goes into one file, where that is not what was walked
     """
-    schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors}
+    schemes = {row.module: row.scheme for row in plan.rows if "weight" in row.module.tensors or row.module.owner}
     config = {key: value for key, value in checkpoint.config.items() if key not in _NOT_WRITTEN}
     config |= {"dtype": str(plan.dtype).removeprefix("torch.")} | plan.format.config(schemes, plan.dtype)
     if plan.recipe.kv_cache is not None:

@@ -204,7 +204,7 @@ class StreamedModel:
         """`modules` hold their weights inside, and are empty outside."""
         with ExitStack() as undo:
             for spec in modules:
-                if not spec.tensors:
+                if not spec.tensors and not spec.owner:
                     continue
                 module, given = find(self.model, spec.name), self.source(spec, dtype)
                 undo.callback(release, module)

@@ -31,7 +31,7 @@ from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
-from penjing.pipeline.weights import LiveModule, Weights, decode_module, modules_outside_blocks
+from penjing.pipeline.weights import LiveModule, Weights, borrowing_module, decode_module, modules_outside_blocks
 from penjing.planning import Plan, PlanRow
 from penjing.rules import describe
 from penjing.statistics import BlockStatisticType
@@ -255,12 +255,19 @@ class Walk:
                 *result.notes,
                 *([f"left {'dense' if row.scheme.dense else 'out'}: {row.note}"] if row.note else []),
                 *filter(None, [row.remark]),
+                *([f"computes with the weight of {result.module.owner}"] if result.module.owner else []),
             ),
         )
 
     def _source(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module as written if its shard is done, as in the dense model before."""
         path = self._written.get(module.name)
+        if module.owner:
+            owner = self._source(self.layout.by_name[module.owner], dtype)
+            if path is None:
+                return borrowing_module(module, owner, self._cache.load, dtype)
+            with safe_open(path, "pt") as shard:
+                return borrowing_module(module, owner, shard.get_tensor, dtype)
         if path is None:
             return decode_module(module, None, self.plan.format, self._cache.load, dtype)
         return self._from_shard(path, self._rows[module.name], dtype)

@@ -15,6 +15,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.formats import Format, declared_schemes, format_of
 from penjing.formats.base import read_input_scale
 from penjing.models.layout import Layout, ModuleSpec
+from penjing.models.sharing import SCALE
 from penjing.numerics.activations import InputScale
 from penjing.representations import Activations, Representation, Scheme
 from penjing.runtime import RoundInputs, runner_for
@@ -71,16 +72,30 @@ def _attach(
     return module.register_forward_pre_hook(RoundInputs(how, static)).remove
 
 
+def borrowing_module(
+    module: ModuleSpec, owner: LiveModule, load: Callable[[str], Tensor], dtype: torch.dtype
+) -> LiveModule:
+    """A module that computes with the weight of another one, `owner`: scaled, as if it had one itself."""
+    own = {key: load(name).to(dtype) for key, name in zip(module.tensors, module.tensor_names(), strict=True)}
+    weight, scale = owner.tensors["weight"], own.pop(SCALE, None)
+    if scale is not None:
+        weight = weight * (scale if module.transposed else scale.unsqueeze(1))
+    return LiveModule({"weight": weight, **own})
+
+
 class Weights:
     """Modules of a checkpoint on disk. Nothing is kept: every call reads."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, load: Callable[[str], Tensor] | None = None) -> None:
         self._load = load or checkpoint.load
+        self._by_name = layout.by_name
         self.format: Format = format_of(checkpoint.config)
         self.schemes: Mapping[str, Scheme] = declared_schemes(checkpoint.config, layout.modules)
 
     def live(self, module: ModuleSpec, dtype: torch.dtype) -> LiveModule:
         """A module ready to run."""
+        if module.owner:
+            return borrowing_module(module, self.live(self._by_name[module.owner], dtype), self._load, dtype)
         return decode_module(module, self.schemes.get(module.name), self.format, self._load, dtype)
 
 

@@ -89,14 +89,17 @@ class NativeFormat:
         return decode(weight, dtype)
 
     def config(self, schemes: Mapping[ModuleSpec, Scheme], dtype: torch.dtype) -> dict[str, Any]:
-        """`quantization_config` with one entry per distinct scheme; empty when nothing was done."""
+        """`quantization_config` with one entry per distinct scheme; empty when nothing was done.
+
+        It is there, too, when all is dense but some linears share weights, so that the loader is called.
+        """
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():
             if not scheme.dense:
                 groups.setdefault(scheme, []).append(module.name)
-        if not groups:
+        if not groups and not any(module.owner for module in schemes):
             return {}
-        everything = [module.name for module in schemes]
+        everything = [module.name for module in schemes if not module.owner]
         entries = [
             {"targets": summarise(names, everything), **scheme_entry(scheme)} for scheme, names in groups.items()
         ]

@@ -23,6 +23,7 @@ from penjing.errors import FormatError
 from penjing.formats.base import input_parts
 from penjing.formats.native.format import read_schemes
 from penjing.formats.native.layout import ALL_PARTS, decode, from_parts, is_packed
+from penjing.formats.native.shared_linears import SharedLinears
 from penjing.numerics.activations import InputScale
 from penjing.representations import Representation, Scheme
 from penjing.runtime import RoundInputs, can_run, runner_for
@@ -102,6 +103,7 @@ class PenjingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         schemes: dict[str, Scheme] = read_schemes(vars(self.quantization_config))
         _check_stored(schemes, kwargs.get("checkpoint_files") or [])
+        self.shared = SharedLinears(model)
         self.coded = _by_live_name(model, schemes)
         self.kept: dict[str, Representation] = {}
         for name, scheme in self.coded.items():
@@ -120,6 +122,7 @@ class PenjingQuantizer(HfQuantizer):
                 model.set_submodule(name, _runner(linear, scheme, self.kept.pop(name), static))
             elif scheme.activations is not None:
                 linear.register_forward_pre_hook(RoundInputs(scheme.activations, static))
+        self.shared.finish(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penjing.methods.base import Method
-from penjing.methods.weight_sharing import aqlm, kmeans
+from penjing.methods.weight_sharing import aqlm, kmeans, tie
 from penjing.statistics import Gram
 
 TABLE: tuple[Method, ...] = (
@@ -24,5 +24,15 @@ TABLE: tuple[Method, ...] = (
         linear=aqlm.linear,
         needs=lambda options: (Gram,),
         row_wise=lambda options: False,
+    ),
+    Method(
+        name="tie",
+        summary="blocks that compute with the weights of another block, which is found by trying",
+        paper="arXiv:1909.11942",
+        options=tie.TieOptions,
+        remake=tie.TIE,
+        passes=lambda options, windows: min(options.windows, windows)
+        / windows
+        * (options.reach + options.blocks * options.candidates),
     ),
 )
