@@ -28,7 +28,15 @@ from penjing.models.shorter import shortened
 from penjing.numerics.precision import compute_dtype, matmul_rate
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
-from penjing.rules import blocks_to_drop, check_fused, check_remake, check_sharing, check_step, describe, pattern_problems
+from penjing.rules import (
+    blocks_to_drop,
+    check_fused,
+    check_remake,
+    check_sharing,
+    check_step,
+    describe,
+    pattern_problems,
+)
 from penjing.targets import selected
 
 DENSE = Scheme()

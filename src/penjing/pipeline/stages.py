@@ -39,8 +39,8 @@ from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.subset import BlockSubset
 from penjing.pipeline.trained import make_trained, make_trained_cut
-from penjing.pipeline.tying import tie_blocks
 from penjing.pipeline.tune import FinishedModel, tune
+from penjing.pipeline.tying import tie_blocks
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
 from penjing.pipeline.weight_pruning import prune_weights
