@@ -57,15 +57,25 @@ RUNS: dict[str, Steps] = {
     "embedding: rtn, 4 bits, groups of 64": [{"method": "rtn", "bits": 4, "group_size": 64, **TABLE}],
     "embedding: svd, rank 144": [{"method": "svd", "rank": 144, **TABLE}],
     "embedding: tensor train 24x24, rank 3": [{"method": "tensor-train", "modes": [24, 24], "rank": 3, **TABLE}],
-    "embedding: svd, rank 14": [{"method": "svd", "rank": 14, **TABLE}],
+    "embedding: tensor-train matrix, 4 x": [{"method": "tensor-train-matrix", "ratio": 1 / 4, **TABLE}],
+    # 32 times smaller, which is as small as rows of 576 numbers can be as trains of their own, and 50 times
+    "embedding: svd, rank 17": [{"method": "svd", "rank": 17, **TABLE}],
     "embedding: tensor train 8 modes, rank 1": [{"method": "tensor-train", "cores": 8, "rank": 1, **TABLE}],
+    "embedding: tensor-train matrix, 32 x": [{"method": "tensor-train-matrix", "ratio": 1 / 32, **TABLE}],
+    "embedding: svd, rank 11": [{"method": "svd", "rank": 11, **TABLE}],
+    "embedding: tensor-train matrix, 50 x": [{"method": "tensor-train-matrix", "ratio": 1 / 50, **TABLE}],
+    # 4 blocks fewer, or 4 with the weights of another
+    "greedy-layers, 4 blocks": [{"method": "greedy-layers", "drop": 4}],
+    "tie, 4 blocks": [{"method": "tie", "blocks": 4}],
+    "tie, 4 blocks, no factors": [{"method": "tie", "blocks": 4, "scale": "none"}],
+    "tie, feed-forward of 4 blocks": [{"method": "tie", "blocks": 4, "linears": ["mlp.*"]}],
 }
 """Name -> steps, in the order in which they are measured."""
 
 BUDGETS = {"svd-llm, 0.8, ranks by budget": ("svd-llm", EIGHT), "svd-llm, 0.9, ranks by budget": ("svd-llm", NINE)}
 """Name -> method and keys of a step of which `penjing ranks` makes one step per rank, with as many parameters."""
 
-HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "deep-compression")
+HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "drop-refit-quantise", "deep-compression", "tied-4bit")
 """Built-in recipes of more than one family, with the calibration text of this benchmark."""
 
 

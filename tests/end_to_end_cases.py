@@ -173,6 +173,14 @@ ONLY_NATIVE: dict[str, Case] = {
     "wanda, lqer": Case((step("wanda", sparsity=0.3), step("lqer", rank=3, group_size=40)), "native"),
     "tensor-train": Case((step("tensor-train", rank=2, targets=["embedding"]),), "native"),
     "tensor-train, tied": Case((step("tensor-train", cores=2, targets=["embedding"]),), "native", "gemma3"),
+    "tensor-train-matrix": Case((step("tensor-train-matrix", ratio=0.3, targets=["embedding"]),), "native"),
+    "tensor-train-matrix, tied": Case(
+        (step("tensor-train-matrix", rank=3, cores=2, targets=["embedding"]),), "native", "gemma3"
+    ),
+    "tie": Case((step("tie", blocks=1),), "native", "gpt2", {"layers": 3}),
+    "tie, kmeans, experts": Case(
+        (step("tie", blocks=1, linears=["self_attn.*"], scale="none"), step("kmeans", bits=3)), "native", "mixtral"
+    ),
     "kmeans": Case((step("kmeans", bits=3),), "native"),
     "kmeans compensated, groups": Case((step("kmeans", group_size=24, compensate=True),), "native", "gpt2"),
     "kmeans, embedding": Case((step("kmeans", weighted=False, targets=["linear", "lm_head"]),), "native", "qwen3"),

@@ -17,10 +17,10 @@ from penjing.representations.low_rank import Corrected, LowRank
 from penjing.representations.patched import Columns, Outliers, Patched
 from penjing.representations.quantized import Coded, Quantized
 from penjing.representations.scheme import Scheme
-from penjing.representations.tensor_train import TensorTrain
+from penjing.representations.tensor_train import TensorTrain, TensorTrainMatrix
 from penjing.representations.vector_coded import VectorCoded
 
-Representation = Dense | Masked | Coded | Patched | LowRank | Corrected | TensorTrain
+Representation = Dense | Masked | Coded | Patched | LowRank | Corrected | TensorTrain | TensorTrainMatrix
 
 __all__ = [
     "Activations",
@@ -39,5 +39,6 @@ __all__ = [
     "Representation",
     "Scheme",
     "TensorTrain",
+    "TensorTrainMatrix",
     "VectorCoded",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from penjing.numerics.activations import Activations
 from penjing.numerics.grids import Grid
 from penjing.numerics.tensor_trains import Train
+from penjing.numerics.train_matrices import TrainMatrix
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Scheme:
     rank         the weight is a product of (N, rank) and (rank, K), and `grid` is that of both factors; 0: it is not
     correction   rank of a product that is added to the weight on its grid; 0 without
     correction_grid  of the factors of that product; None keeps them free
-    train        every row is a tensor train; None: none is
+    train        every row is a tensor train, or the whole matrix is one; None: neither
     """
 
     grid: Grid | None = None
@@ -37,7 +38,7 @@ class Scheme:
     rank: int = 0
     correction: int = 0
     correction_grid: Grid | None = None
-    train: Train | None = None
+    train: Train | TrainMatrix | None = None
 
     @property
     def dense(self) -> bool:

@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from penjing.numerics.tensor_trains import Train, rebuild
-from penjing.representations import LowRank, Representation, TensorTrain
+from penjing.numerics.train_matrices import TrainMatrix, cores_of, rebuild_matrix, rows_of
+from penjing.representations import LowRank, Representation, TensorTrain, TensorTrainMatrix
 from penjing.runtime.coded_linear import CodedLinear
 
 
@@ -68,6 +69,26 @@ class TrainEmbedding(CodedEmbedding):
         return rebuild(self.cores[tokens], self.train_of_rows)
 
 
+class TrainMatrixEmbedding(CodedEmbedding):
+    """A table that is one tensor train: `cores` (P,)."""
+
+    cores: Tensor
+
+    def __init__(self, cores: Tensor, train: TrainMatrix, height: int) -> None:
+        super().__init__()
+        self.train_of_table, self.height = train, height
+        self.register_buffer("cores", cores.contiguous())
+
+    @property
+    def weight(self) -> Tensor:
+        """The table."""
+        return rebuild_matrix(self.cores, self.train_of_table, self.height).to(self.cores.dtype)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The slices of the cores that each token names, multiplied out."""
+        return rows_of(cores_of(self.cores, self.train_of_table), tokens)
+
+
 def runner(layer: nn.Module, weight: Representation) -> Callable[[], nn.Module] | None:
     """What makes the embedding for a live `layer`, in its dtype; None for other tables and for layers that do more."""
     if type(layer) is not nn.Embedding or layer.max_norm is not None:
@@ -75,6 +96,8 @@ def runner(layer: nn.Module, weight: Representation) -> Callable[[], nn.Module] 
     dtype = layer.weight.dtype
     if isinstance(weight, TensorTrain):
         return partial(TrainEmbedding, weight.cores.to(dtype), weight.train)
+    if isinstance(weight, TensorTrainMatrix):
+        return partial(TrainMatrixEmbedding, weight.cores.to(dtype), weight.train, weight.height)
     if isinstance(weight, LowRank):
         return partial(FactoredEmbedding, weight.left.dense().to(dtype), weight.right.dense().to(dtype))
     return None

@@ -5,6 +5,8 @@ y = output_scale * (W x) + bias        W of the owner, whatever it is held as
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +22,7 @@ class SharedLinear(CodedLinear):
     bias          (N,), or None
     """
 
+    owner: Any
     output_scale: Tensor | None
     bias: Tensor | None
 

@@ -8,7 +8,7 @@
     ...                     what the codec of the grid writes (see `codecs`)
     weight_left_..., weight_right_...   the factors of a product (N, r) (r, K), each like a matrix of its own
     weight_correction_...               a product that is added
-    weight_cores            (N, P): the cores of each row's tensor train, one after the other
+    weight_cores            (N, P): the cores of each row's tensor train, one after the other; or (P,): of the matrix
 
 Names follow the module's name and a dot.
 """
@@ -32,6 +32,7 @@ from penjing.numerics.codebooks import CodebookGrid
 from penjing.numerics.grids import Grid
 from penjing.numerics.packing import unpack_bits
 from penjing.numerics.tensor_trains import Train
+from penjing.numerics.train_matrices import TrainMatrix
 from penjing.representations import (
     Activations,
     BinaryCoded,
@@ -47,6 +48,7 @@ from penjing.representations import (
     Representation,
     Scheme,
     TensorTrain,
+    TensorTrainMatrix,
 )
 from penjing.representations.patched import index_dtype
 
@@ -82,7 +84,7 @@ def to_parts(weight: Representation, scheme: Scheme) -> dict[str, Tensor]:
 def _write(weight: Representation) -> dict[str, Tensor]:
     if isinstance(weight, LowRank):
         return _under("left", _write(weight.left)) | _under("right", _write(weight.right))
-    if isinstance(weight, TensorTrain):
+    if isinstance(weight, TensorTrain | TensorTrainMatrix):
         return {"cores": weight.cores.contiguous()}
     if isinstance(weight, Corrected):
         return _write(weight.base) | _under("correction", _write(weight.correction))
@@ -117,6 +119,8 @@ def from_parts(tensors: Mapping[str, Tensor], name: str) -> tuple[Representation
 
 def _read(parts: Parts, shape: tuple[int, int], scheme: Scheme) -> Any:
     rows, columns = shape
+    if isinstance(scheme.train, TrainMatrix):
+        return TensorTrainMatrix(parts.take("cores", sum(scheme.train.sizes)), scheme.train, rows)
     if scheme.train is not None:
         return TensorTrain(parts.take("cores", rows, sum(scheme.train.sizes)), scheme.train)
     if scheme.rank:
@@ -173,7 +177,8 @@ def parts_bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int
 def _bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int) -> int:
     rows, columns = shape
     if scheme.train is not None:
-        return rows * sum(scheme.train.sizes) * itemsize
+        trains = 1 if isinstance(scheme.train, TrainMatrix) else rows
+        return trains * sum(scheme.train.sizes) * itemsize
     if scheme.rank:
         factors = ((rows, scheme.rank), (scheme.rank, columns))
         return sum(_bytes(factor, scheme.factor, math.prod(factor), itemsize) for factor in factors)
@@ -221,7 +226,7 @@ def scheme_entry(scheme: Scheme) -> dict[str, Any]:
     if scheme.correction_grid is not None:
         entry["correction_grid"] = _grid_entry(scheme.correction_grid)
     if scheme.train is not None:
-        entry["train"] = {"modes": list(scheme.train.modes), "ranks": list(scheme.train.ranks)}
+        entry["train"] = {key: list(numbers) for key, numbers in asdict(scheme.train).items()}
     return entry
 
 
@@ -252,8 +257,13 @@ def read_scheme(entry: Mapping[str, Any]) -> Scheme:
         rank=entry.get("rank", 0),
         correction=entry.get("correction", 0),
         correction_grid=_read_grid(entry["correction_grid"]) if "correction_grid" in entry else None,
-        train=Train(*(tuple(entry["train"][key]) for key in ("modes", "ranks"))) if "train" in entry else None,
+        train=_read_train(entry["train"]) if "train" in entry else None,
     )
+
+
+def _read_train(entry: Mapping[str, Any]) -> Train | TrainMatrix:
+    kind = Train if "modes" in entry else TrainMatrix
+    return kind(**{key: tuple(numbers) for key, numbers in entry.items()})
 
 
 _MATRIX = {"mask", "values", "group_index", *_COLUMNS, *_OUTLIERS}.union(

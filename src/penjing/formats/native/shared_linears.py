@@ -34,13 +34,14 @@ class SharedLinears:
     def finish(self, model: nn.Module) -> None:
         """Put the linears in the holders' places, once their owners are what they will be."""
         for name, owner in self._owners.items():
-            own = model.get_submodule(name)._parameters
-            scale, bias = (None if own[key] is None else own[key].detach() for key in (SCALE, "bias"))
-            model.set_submodule(name, SharedLinear(model.get_submodule(owner), scale, bias))
+            scale, bias = map(model.get_submodule(name)._parameters.get, (SCALE, "bias"))
+            found = (None if each is None else each.detach() for each in (scale, bias))
+            model.set_submodule(name, SharedLinear(model.get_submodule(owner), *found))
 
 
-def _outputs(linear: nn.Module) -> int:
-    return linear.out_features if isinstance(linear, nn.Linear) else linear.nf
+def _outputs(linear: Any) -> int:
+    outputs: int = linear.out_features if isinstance(linear, nn.Linear) else linear.nf
+    return outputs
 
 
 def _live(model: Any, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penjing.methods.base import Method
-from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train
+from penjing.methods.low_rank import asvd, nmf, pca, residual, svd, svd_llm, tensor_train, tensor_train_matrix
 from penjing.methods.low_rank.options import RankOptions
 from penjing.statistics import Gram, MeanAbs
 
@@ -66,5 +66,13 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2307.00526",
         options=tensor_train.TensorTrainOptions,
         linear=tensor_train.linear,
+    ),
+    Method(
+        name="tensor-train-matrix",
+        summary="a whole embedding as one tensor train over rows and columns; no calibration",
+        paper="arXiv:1901.10787",
+        options=tensor_train_matrix.TrainMatrixOptions,
+        linear=tensor_train_matrix.linear,
+        row_wise=lambda options: False,
     ),
 )

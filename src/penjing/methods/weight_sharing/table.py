@@ -31,8 +31,8 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:1909.11942",
         options=tie.TieOptions,
         remake=tie.TIE,
-        passes=lambda options, windows: min(options.windows, windows)
-        / windows
-        * (options.reach + options.blocks * options.candidates),
+        passes=lambda options, windows: (
+            min(options.windows, windows) / windows * (options.reach + options.blocks * options.candidates)
+        ),
     ),
 )

@@ -1,7 +1,8 @@
 """Sharing across layers: linears of a block compute with the weights of an earlier block, scaled to fit.
 
     y_n = c_n (W_s x)_n        W_s of the block that owns it, c of the block that borrows it
-    c_n = w_n G s_n^T / s_n G s_n^T        w_n the borrower's own row, s_n the owner's, G = X X^T of the borrower's inputs
+    c_n = w_n G s_n^T / s_n G s_n^T        w_n and s_n rows of the borrower's own weight and the owner's,
+                                           G = X X^T of the borrower's inputs
 
 c minimises |(W - diag(c) W_s) X|^2 row by row; where two rows have nothing in common it is close to 0, and the
 borrower says little rather than something wrong. The matrices of a borrower are not stored: only c and its norms are.
