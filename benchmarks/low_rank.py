@@ -143,7 +143,7 @@ def measured(
     changed = [row for row in report.modules if row.steps]
     weights = sum(row.shape[0] * row.shape[1] for row in changed)
     return {
-        "bits_per_weight": 8 * sum(row.bytes for row in changed) / weights,
+        "bits_per_weight": 8 * sum(row.bytes for row in changed) / weights if weights else None,
         "file_bytes": sum(row.bytes for row in report.modules),
         "predicted_over_real_bytes": report.predicted_bytes / sum(row.bytes for row in report.modules),
         "perplexity": quality.perplexity,
