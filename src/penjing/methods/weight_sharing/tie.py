@@ -43,7 +43,7 @@ Ties = Mapping[int, int]
 class TieOptions(Options):
     """Recipe keys of sharing across layers."""
 
-    blocks: int = Field(ge=1, description="how many blocks borrow the weights of another one")
+    blocks: int = Field(ge=1, description="how many blocks, a third of all at most, borrow the weights of another")
     linears: tuple[str, ...] = Field(
         ("*",), min_length=1, description="which linears of a block, by name inside it (`mlp.*`); all others stay"
     )
@@ -113,9 +113,13 @@ def alike(layout: Layout, options: TieOptions) -> list[list[int]]:
             kinds.setdefault(tuple((each.name.removeprefix(prefix), each.shape) for each in found), []).append(index)
     if not kinds:
         raise ValueError(f"no linear of a block is called {' or '.join(options.linears)}")
-    most = sum(len(blocks) - 1 for blocks in kinds.values())
+    # However partners fall out: with k that borrow, k others own at most, and each of the rest but the first follows
+    # a block that borrows.
+    most = sum((len(blocks) + 1) // 3 for blocks in kinds.values())
     if options.blocks > most:
-        raise ValueError(f"blocks: {options.blocks} cannot borrow in a model of {layout.blocks}; {most} can at most")
+        raise ValueError(
+            f"blocks: {options.blocks} of {layout.blocks} may find no partners left that own; {most} can borrow at most"
+        )
     return list(kinds.values())
 
 
