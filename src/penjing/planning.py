@@ -248,7 +248,7 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
     told, recipe = recipe, written_out(recipe, layout)
     assigned = _assign(recipe, layout)
     rows = [
-        _resolve(module, assigned.get(module.name, ()), recipe, target, dtype, given.get(module.name, DENSE))
+        _resolve(module, assigned.get(module.name, ()), recipe, target, dtype, _given(module, given))
         for module in layout.modules
     ]
     weights = {row.module: row.scheme for row in rows if "weight" in row.module.tensors}
@@ -282,6 +282,11 @@ def plan_walk(label: str, config: Mapping[str, Any], layout: Layout, recipe: Rec
         seconds=operations(recipe, [(row.module, row.steps) for row in rows]) / matmul_rate(compute_dtype()),
         rewriting=rewriting,
     )
+
+
+def _given(module: ModuleSpec, given: Given) -> Scheme:
+    """What the module's weight is before the walk; one that computes with another's has nothing to be pruned."""
+    return DENSE if module.owner else given.get(module.name, DENSE)
 
 
 def _rewriting(recipe: Recipe, layout: Layout) -> Rewriting | None:

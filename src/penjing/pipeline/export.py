@@ -142,6 +142,8 @@ def _problems(
     target: Format, schemes: Mapping[ModuleSpec, Scheme], layout: Layout, checkpoint: Checkpoint
 ) -> list[str]:
     """Why a format cannot hold these matrices, or the model whatever they are."""
+    if layout.owners:
+        return ["its blocks share weights, which only the native format can say, and no format is made of that"]
     found = [
         f"{problem} (it is {describe(scheme)})"
         for module, scheme in schemes.items()

@@ -138,8 +138,9 @@ def _with_owners_of(checkpoint: Checkpoint, plan: Plan, trust_remote_code: bool)
     if not plan.layout.owners:
         return plan
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
-    found = plan_walk(plan.label, checkpoint.config, layout, plan.recipe, {})
-    return replace(found, before=plan.before)
+    before = plan.before.rows if plan.before else ()
+    given = {row.module.name: row.scheme for row in before if row.scheme.sparsity}
+    return replace(plan_walk(plan.label, checkpoint.config, layout, plan.recipe, given), before=plan.before)
 
 
 def clear_stages(directory: Path) -> None:

@@ -144,4 +144,4 @@ def _planned(config: Mapping[str, Any], layout: Layout, options: TieOptions) -> 
     return tied_config(config, layout, options, dict(sorted(possible)[-options.blocks :]))
 
 
-TIE = Tie(config=_planned, keeps_zeros=lambda options: False)
+TIE = Tie(config=_planned, keeps_zeros=lambda options: True)
