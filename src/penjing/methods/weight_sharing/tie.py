@@ -12,8 +12,8 @@ borrower's output moves; the `candidates` that move it least are then tried in t
 and the one with the least KL divergence from the dense model stays. That is repeated until enough blocks borrow. A
 block that owns does not borrow, and one that borrows does not own.
 
-Trained models are not alike from block to block: without training afterwards this loses more than removing a block
-does in many models, and is where training begins rather than ends.
+The papers train with shared weights from the start. Blocks of a model that was trained without need not be alike:
+compare with removing as many.
 
 Worked example, G = I: w = [2, 2], s = [1, 0]: c = 2, and the error falls from |[1, 2]|^2 = 5 to 4.
 
@@ -62,7 +62,7 @@ class Tie(Remake):
 
 def fitted_scale(weight: Tensor, owned: Tensor, gram: Tensor) -> Tensor:
     """Factors c (N,) that bring diag(c) `owned` closest to `weight`, both (N, K), on inputs of `gram` (K, K): fp32."""
-    seen = owned.double() @ gram.double()
+    seen = (owned @ gram).double()
     shared, size = (seen * weight).sum(1), (seen * owned).sum(1)
     return torch.where(size > 0, shared / size.clamp(min=torch.finfo(torch.float64).tiny), 0).float()
 
