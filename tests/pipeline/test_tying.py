@@ -71,9 +71,7 @@ def test_transformers_holds_the_weight_once(twins: Path, short: dict[str, Any], 
     assert stored["model.layers.3.mlp.up_proj.weight"].shape == (96, 64)
 
 
-def test_what_was_pruned_stays_so_and_an_export_is_refused(
-    twins: Path, short: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_was_pruned_stays_so_and_an_export_is_refused(twins: Path, short: dict[str, Any], tmp_path: Path) -> None:
     steps = [{"method": "wanda", "sparsity": 0.5}, {**TIE, "linears": ["mlp.*"]}, {"method": "kmeans", "bits": 3}]
     report = compress(twins, recipe(short, *steps, format="native"), tmp_path / "out", evaluated=False)
     real = sum(row.bytes for row in report.modules)
