@@ -140,7 +140,7 @@ def _with_owners_of(checkpoint: Checkpoint, plan: Plan, trust_remote_code: bool)
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
     before = plan.before.rows if plan.before else ()
     given = {row.module.name: row.scheme for row in before if row.scheme.sparsity}
-    return replace(plan_walk(plan.label, checkpoint.config, layout, plan.recipe, given), before=plan.before)
+    return replace(plan_walk(plan.label, checkpoint.config, layout, plan.told, given), before=plan.before)
 
 
 def clear_stages(directory: Path) -> None:
