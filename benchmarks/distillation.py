@@ -4,7 +4,9 @@
         --output benchmarks/results/distillation.json
 
 Every variant sees the same batches for the same number of steps, on the loop that recipes use; perplexity, divergence
-from the teacher and agreement on the next token are measured on windows of another text.
+from the teacher and agreement on the next token are measured on windows of another text. Students that the output
+already holds are not trained again; one that was killed, or stopped after `--minutes`, continues from the last point
+that `--work` keeps.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from penjing.methods.distillation import distil, on_policy
 from penjing.methods.distillation.self_written import self_written
 from penjing.methods.training import TrainTask
 from penjing.training import Windows, train
+from penjing.training.loop import STATE, Progress
 from penjing.training.models import load_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -35,12 +38,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "teacher's logits, layers of the teacher": {},
     "teacher's logits, fresh weights": {"student": {"init": "random"}},
     "next token, fresh weights": {"alpha": 0.0, "student": {"init": "random"}},
+    "logits and states, relative": {"hidden": 1.0, "states": "relative"},
     "states and attention first, then logits": {"hidden": 1.0, "attention": 0.01, "transfer_first": 0.4},
     "logits and relations": {"relations": 1.0, "relation_heads": 4},
     "reverse KL": {"loss": "reverse-kl"},
     "skewed reverse KL": {"loss": "skewed-reverse-kl"},
     "on what it writes (GKD)": {"own": 0.5, "new_tokens": 32},
 }
+
+SAVE_EVERY = 10
+UNSAID = ("output", "variants", "work", "minutes")
 
 
 def main() -> None:
@@ -56,24 +63,39 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16, help="that are measured on")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many of them, from the first")
+    parser.add_argument("--variants", default="", help="their names, with `;` between  [all]")
+    parser.add_argument("--work", type=Path, help="where unfinished trainings lie  [nowhere]")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     teacher = load_model(open_checkpoint(options.model))
     texts = _texts(options, teacher)
+    wanted = [name.strip() for name in options.variants.split(";") if name.strip()] or list(VARIANTS)
     found: dict[str, Any] = {
         "software": Software.here().__dict__,
-        "setting": {key: str(value) for key, value in vars(options).items() if key != "output"},
+        "setting": {key: str(value) for key, value in vars(options).items() if key not in UNSAID},
         "protocol": texts["protocol"],
         "teacher": measure(teacher, teacher, texts["evaluation"]),
         "students": {},
     }
-    start = distil.DistilOptions(student={"layers": options.layers}).student
-    assert start is not None
-    found["untrained"] = measure(distil.make_student(teacher, start), teacher, texts["evaluation"])
-    for name in list(VARIANTS)[: options.variants]:
-        found["students"][name] = one(name, teacher, texts, options)
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+    found["untrained"] = measure(
+        distil.make_student(teacher, distil.Student(layers=options.layers)), teacher, texts["evaluation"]
+    )
+    if options.output.is_file():
+        before = json.loads(options.output.read_text())
+        if before["setting"] != found["setting"]:
+            raise SystemExit(f"{options.output} holds another setting: {before['setting']}")
+        found["students"] = before["students"]
+
+    def heed(stage: str, done: int, total: int, detail: str) -> None:
+        if time.monotonic() - began > 60 * options.minutes and done % SAVE_EVERY == 0 and done < total:
+            raise SystemExit(f"stopped after {done} of {total} steps; run the same command again")
+
+    for name in wanted:
+        if name not in found["students"]:
+            found["students"][name] = one(name, teacher, texts, options, heed)
+            options.output.write_text(json.dumps(found, indent=2) + "\n")
         print(name, found["students"][name], flush=True)
 
 
@@ -97,7 +119,9 @@ def _texts(options: argparse.Namespace, teacher: Any) -> dict[str, Any]:
     }
 
 
-def one(name: str, teacher: Any, texts: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+def one(
+    name: str, teacher: Any, texts: dict[str, Any], options: argparse.Namespace, heed: Progress
+) -> dict[str, float]:
     """Train one student and measure it. What is trained on its own writing begins as a student of logits did."""
     keys = dict(VARIANTS[name])
     shape = {"layers": options.layers, **keys.pop("student", {})}
@@ -106,6 +130,7 @@ def one(name: str, teacher: Any, texts: dict[str, Any], options: argparse.Namesp
         "batch_size": options.batch,
         "micro_batch": options.batch,
         "learning_rate": options.learning_rate,
+        "save_every": SAVE_EVERY,
     }
     if "own" in keys:
         settings: Any = on_policy.GKDOptions(**keys, **common)
@@ -115,11 +140,11 @@ def one(name: str, teacher: Any, texts: dict[str, Any], options: argparse.Namesp
         settings = distil.DistilOptions(student=shape, **keys, **common)
         training = distil.train(TrainTask(teacher, lambda: teacher), settings)
     windows = Windows(texts["training"], options.batch, options.batch, 0)
-    began = time.process_time()
-    with tempfile.TemporaryDirectory() as work, torch.enable_grad():
-        train(training, windows, settings, Path(work), marks={})
-    seconds = time.process_time() - began
-    return {**measure(training.model, teacher, texts["evaluation"]), "processor_seconds": round(seconds, 1)}
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+        work = (options.work or Path(folder)) / name.replace(" ", "-")
+        curve = train(training, windows, settings, work, marks={}, progress=heed)
+        (work / STATE).unlink()
+    return {**measure(training.model, teacher, texts["evaluation"]), "seconds": round(sum(curve.seconds), 1)}
 
 
 @torch.no_grad()

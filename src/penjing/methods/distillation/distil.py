@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from penjing.errors import PlanError
 from penjing.methods.adaptation.recover import hold_zeros
+from penjing.methods.distillation.hidden_states import Measure
 from penjing.methods.distillation.jsd import generalised_jsd
 from penjing.methods.distillation.kl import reverse_kl
 from penjing.methods.distillation.objective import Distillation, Transfer
@@ -61,7 +62,11 @@ class DistilOptions(DivergenceOptions):
         "`init` (`select`, `random`)",
     )
     alpha: float = Field(1.0, ge=0, le=1, description="weight of the teacher; the true next token has the rest")
-    hidden: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of hidden states")
+    hidden: float = Field(0.0, ge=0, description="weight of TinyBERT's differences of hidden states")
+    states: Measure = Field(
+        "squared",
+        description="differences of hidden states as they are, or `relative` to the teacher's, by token",
+    )
     attention: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of attention scores")
     relations: float = Field(0.0, ge=0, description="weight of MiniLM's relations in the last layer")
     relation_heads: int = Field(12, ge=1, description="heads into which queries, keys and values are cut for relations")
@@ -82,7 +87,7 @@ class DistilOptions(DivergenceOptions):
     @property
     def transfer(self) -> Transfer:
         """What is learnt besides labels."""
-        return Transfer(self.hidden, self.attention, self.relations, self.relation_heads)
+        return Transfer(self.hidden, self.attention, self.relations, self.relation_heads, self.states)
 
 
 def train(task: TrainTask, options: DistilOptions) -> Training:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.methods.distillation.attention import Attended, attention_loss, visible_pairs
-from penjing.methods.distillation.hidden_states import hidden_state_loss, new_projection
+from penjing.methods.distillation.hidden_states import Measure, hidden_state_loss, new_projection
 from penjing.methods.distillation.kl import forward_kl
 from penjing.methods.distillation.layer_map import watched_layers, watched_states
 from penjing.methods.distillation.minilm import minilm_v2_loss
@@ -35,12 +35,14 @@ class Transfer:
     """Weights of what is transferred besides labels; 0 leaves it out.
 
     relation_heads  into how many the channels are cut for MiniLM's relations
+    measure         of the differences of hidden states
     """
 
     hidden: float = 0.0
     attention: float = 0.0
     relations: float = 0.0
     relation_heads: int = 12
+    measure: Measure = "squared"
 
     @property
     def wanted(self) -> bool:
@@ -84,7 +86,7 @@ class Distillation(nn.Module):
         if self.labels_count or not transfer:
             parts["labels"] = self._labels(model, ours.last[at], theirs.last[at], labels)
         if transfer:
-            parts |= self._transferred(ours, theirs, batch)
+            parts |= transferred(self.transfer, ours, theirs, batch, self.projection)
         value = torch.stack(list(parts.values())).sum()
         return Loss(value, max(1, len(labels)), {name: part.detach() for name, part in parts.items()})
 
@@ -96,23 +98,6 @@ class Distillation(nn.Module):
 
         return sliced_sum(of_slice, (ours, theirs, labels)) / max(1, len(labels))
 
-    def _transferred(self, ours: Seen, theirs: Seen, batch: Batch) -> dict[str, Tensor]:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        pairs = visible_pairs(mask, causal=True)
-        student, teacher = len(ours.attended), len(theirs.attended)
-        parts: dict[str, Tensor] = {}
-        if self.transfer.hidden:
-            watched = [theirs.states[index] for index in watched_states(teacher, student)]
-            parts["hidden"] = self.transfer.hidden * hidden_state_loss(ours.states, watched, mask, self.projection)
-        if self.transfer.attention:
-            layers = enumerate(watched_layers(teacher, student))
-            losses = [attention_loss(ours.attended[own], theirs.attended[other], pairs) for own, other in layers]
-            parts["attention"] = self.transfer.attention * torch.stack(losses).sum()
-        if self.transfer.relations:
-            last = ours.attended[student - 1], theirs.attended[teacher - 1]
-            parts["relations"] = self.transfer.relations * minilm_v2_loss(*last, pairs, self.transfer.relation_heads)
-        return parts
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -121,6 +106,34 @@ class Seen:
     last: Tensor
     states: tuple[Tensor, ...]
     attended: Mapping[int, Attended]
+
+
+def transferred(
+    transfer: Transfer,
+    ours: Seen,
+    theirs: Seen,
+    batch: Batch,
+    projection: Tensor | None = None,
+    *,
+    causal: bool = True,
+) -> dict[str, Tensor]:
+    """The weighed losses of states, attention and relations, by name, for what student and teacher computed."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    pairs = visible_pairs(mask, causal=causal)
+    student, teacher = len(ours.attended), len(theirs.attended)
+    parts: dict[str, Tensor] = {}
+    if transfer.hidden:
+        watched = [theirs.states[index] for index in watched_states(teacher, student)]
+        loss = hidden_state_loss(ours.states, watched, mask, projection, transfer.measure)
+        parts["hidden"] = transfer.hidden * loss
+    if transfer.attention:
+        layers = enumerate(watched_layers(teacher, student))
+        losses = [attention_loss(ours.attended[own], theirs.attended[other], pairs) for own, other in layers]
+        parts["attention"] = transfer.attention * torch.stack(losses).sum()
+    if transfer.relations:
+        last = ours.attended[student - 1], theirs.attended[teacher - 1]
+        parts["relations"] = transfer.relations * minilm_v2_loss(*last, pairs, transfer.relation_heads)
+    return parts
 
 
 def look(model: nn.Module, batch: Batch, *, everything: bool) -> Seen:
