@@ -16,6 +16,7 @@ from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.errors import PlanError
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
+from penjing.models.families import is_encoder
 from penjing.planning import Plan, describe, make_plan
 from penjing.recipe import Recipe, load_recipe
 from penjing.representations import Scheme
@@ -23,6 +24,7 @@ from penjing.representations import Scheme
 if TYPE_CHECKING:
     from penjing.engines.bench import Bench, Load
     from penjing.engines.serving import Serving
+    from penjing.evaluation.classification import Classification
     from penjing.evaluation.metrics import Quality
     from penjing.evaluation.report import Report
     from penjing.evaluation.windows import Protocol
@@ -73,6 +75,23 @@ class Inspection:
                 for module in layout.modules
             ],
         }
+
+
+@dataclass(frozen=True)
+class ClassifierEvaluation:
+    """A measured classifier of texts: the numbers with their protocol, and the model's size."""
+
+    model: str
+    against: str | None
+    bytes: int
+    parameters: int
+    classification: Classification
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        measured = asdict(self.classification) | {"sentence": self.classification.sentence()}
+        own = {"model": self.model, "against": self.against, "bytes": self.bytes, "parameters": self.parameters}
+        return own | {"classification": measured}
 
 
 @dataclass(frozen=True)
@@ -206,8 +225,10 @@ def evaluate(
     kv_cache: KVCache | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
-) -> Evaluation:
+) -> Evaluation | ClassifierEvaluation:
     """Perplexity of a model and, `against` another, KL divergence and top-1 agreement on the same tokens.
+
+    Of an encoder that classifies: accuracy, and agreement, on the labelled records of `data`.
 
     With `kv_cache` the model reads its past through such a cache, and is compared with itself when `against` is None.
     """
@@ -234,7 +255,7 @@ def compare(
     kv_cache: KVCache | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
-) -> list[Evaluation]:
+) -> Sequence[Evaluation | ClassifierEvaluation]:
     """Measure several models on the same text; the first is the reference the others are compared with.
 
     With `kv_cache`, all but the first read their past through such a cache; the first always has a full one.
@@ -247,6 +268,8 @@ def compare(
     from penjing.pipeline.weights import Weights
 
     checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
+    if is_encoder(checkpoints[0].config):
+        return _classified(checkpoints, data, length)
     layouts = [layout_of(each.config, each.specs(), trust_remote_code=trust_remote_code) for each in checkpoints]
     for checkpoint, layout in zip(checkpoints, layouts, strict=True):
         _require_same_vocabulary(checkpoint, layout, layouts[0])
@@ -269,6 +292,26 @@ def compare(
         protocol = decoding.describe(text.protocol, through)
         results.append(Evaluation(label, against, size, layout.parameters, quality, protocol, held))
         reference = reference or candidate
+    return results
+
+
+def _classified(checkpoints: Sequence[Checkpoint], data: str, length: int) -> list[ClassifierEvaluation]:
+    """Classifiers on the same labelled texts, all against the first."""
+    from penjing.evaluation.size import weight_bytes
+    from penjing.pipeline import encoders
+
+    results: list[ClassifierEvaluation] = []
+    reference = None
+    for checkpoint in checkpoints:
+        found = encoders.answers(checkpoint, data, length)
+        if found is None:
+            raise PlanError(f"{checkpoint.label} has no head for classes; make one with a `classify` step")
+        parameters = layout_of(checkpoint.config, checkpoint.specs()).parameters
+        against = None if reference is None else checkpoints[0].label
+        measured = encoders.compare(found, data, reference)
+        size = weight_bytes(checkpoint.path)
+        results.append(ClassifierEvaluation(checkpoint.label, against, size, parameters, measured))
+        reference = reference or found
     return results
 
 

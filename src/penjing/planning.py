@@ -31,6 +31,7 @@ from penjing.representations import Scheme
 from penjing.rules import (
     blocks_to_drop,
     check_fused,
+    check_kind,
     check_remake,
     check_sharing,
     check_step,
@@ -167,6 +168,7 @@ def make_plan(checkpoint: Checkpoint, layout: Layout, recipe: Recipe, *, trust_r
             f"{checkpoint.label} is already compressed ({format_of(checkpoint.config).name}); "
             "start from the dense model"
         )
+    check_kind(layout, recipe)
     config: Mapping[str, Any] = checkpoint.config
     plan, given = None, Given()
     for stage in recipe.stages():

@@ -38,6 +38,24 @@ def describe(scheme: Scheme) -> str:
     return ", ".join(words) or "dense"
 
 
+def check_kind(layout: Layout, recipe: Recipe) -> None:
+    """Whether the recipe's steps, format and demands are for this kind of model. Raises PlanError."""
+    for step in recipe.steps:
+        if step.definition.reads == "encoder" and not layout.encoder:
+            raise PlanError(f"{step.label} is for encoders that classify texts; {layout.model_type} is a decoder")
+        if step.definition.reads == "decoder" and layout.encoder:
+            raise PlanError(
+                f"{step.label} walks a decoder block by block, and {layout.model_type} is an encoder; encoders take "
+                "`classify`, `trim-vocabulary` and `distil-encoder`"
+            )
+    if not layout.encoder:
+        return
+    if recipe.format != "dense" or recipe.kv_cache is not None:
+        raise PlanError("an encoder is written as it is and has no key-value cache; set `format: dense`, no `kv_cache`")
+    if recipe.require.max_kl or recipe.require.max_perplexity_ratio:
+        raise PlanError("an encoder predicts no next token: `require` takes `max_bytes` only")
+
+
 def pattern_problems(module: ModuleSpec, scheme: Scheme) -> list[str]:
     """N:M needs rows of whole groups, whatever the format."""
     columns = module.shape[1]

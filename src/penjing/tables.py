@@ -205,6 +205,8 @@ def evaluation(result: Mapping[str, Any]) -> Group:
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
     """Several evaluations on the same tokens, a line each, and the protocol they share."""
+    if "classification" in results[0]:
+        return _classifiers(results)
     table = _table("model", "size", "bits per weight", "perplexity", "KL, nats per token", "same top token")
     for result in results:
         table.add_row(
@@ -219,6 +221,22 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
 
     caches = [cache_line(result["kv_cache"]) for result in results[-1:] if result["kv_cache"]]
     return Group(table, "", *caches, escape(results[-1]["protocol"]["sentence"]))
+
+
+def _classifiers(results: Sequence[Mapping[str, Any]]) -> Group:
+    """Several classifiers on the same labelled texts."""
+    table = _table("model", "size", "parameters", "accuracy", "same class", "KL, nats")
+    for result in results:
+        found = result["classification"]
+        table.add_row(
+            escape(result["model"]),
+            readable_bytes(result["bytes"]),
+            f"{result['parameters']:,}",
+            f"{found['accuracy']:.1%}",
+            "" if found["agreement"] is None else f"{found['agreement']:.1%}",
+            "" if found["kl"] is None else f"{found['kl']:.4f}",
+        )
+    return Group(table, "", escape(results[-1]["classification"]["sentence"]))
 
 
 def bench(result: Mapping[str, Any]) -> Group:

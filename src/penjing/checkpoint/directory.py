@@ -181,11 +181,22 @@ def _check_index(path: Path, shard_of: dict[str, Path]) -> None:
             raise CheckpointError(f"{path / INDEX}: does not list tensor {name!r}, which {file.name} holds")
 
 
+_PREFIXES = {
+    "bert": "bert.",
+    "distilbert": "distilbert.",
+    "gpt2": "transformer.",
+    "gpt_neox": "gpt_neox.",
+    "roberta": "roberta.",
+    "xlm-roberta": "roberta.",
+}
+"""Model type -> what the body's tensors begin with in a model with a head, where it is not `model.`."""
+
+
 def _language_model_names(model_type: str, stored: dict[str, Path]) -> dict[str, str]:
     """Name in the causal language model -> name in the file."""
-    prefix = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}.get(model_type, "model.")
+    prefix = _PREFIXES.get(model_type, "model.")
     bare = not any(name.startswith(prefix) for name in stored) and any(
-        re.match(r"(decoder\.)?(layers|h)\.\d+\.", name) for name in stored
+        re.match(r"(decoder\.|encoder\.|transformer\.)?(layers|layer|h)\.\d+\.", name) for name in stored
     )
     heads = ("lm_head.", "embed_out.")
     named = {prefix + name if bare and not name.startswith(heads) else name: name for name in stored}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from penjing.evaluation.classification import Classification
 from penjing.evaluation.report import Report
 from penjing.evaluation.size import readable_bytes
 
@@ -12,6 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
+```"""
+_CLASSIFIER = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "{path}")
 ```"""
 _NATIVE = """```python
 import penjing  # reads the format named "native"
@@ -57,7 +63,7 @@ def model_card(report: Report, *, path: str = "PATH") -> str:
         f"---\n{_front_matter(report)}---",
         f"# {report.summary}",
         _introduction(report),
-        f"## How to load it\n\n{_LOADING[report.format].format(path=path)}",
+        f"## How to load it\n\n{_loading(report).format(path=path)}",
         f"## What was measured\n\n{_measured(report)}",
         f"## What to know\n\n{_limits(report)}",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)}```",
@@ -66,13 +72,17 @@ def model_card(report: Report, *, path: str = "PATH") -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _loading(report: Report) -> str:
+    return f"transformers:\n\n{_CLASSIFIER}" if report.classification else _LOADING[report.format]
+
+
 def _front_matter(report: Report) -> str:
     tags = ["penjing", *dict.fromkeys(report.methods), report.format]
     entries = {
         "base_model": report.source.label,
         "base_model_relation": "quantized" if any(row.bits for row in report.modules) else "finetune",
         "library_name": "gguf" if report.format == "gguf" else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if report.classification else "text-generation",
         "tags": tags,
     }
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
@@ -91,6 +101,8 @@ def _introduction(report: Report) -> str:
 
 def _measured(report: Report) -> str:
     quality = report.quality
+    if found := report.classification:
+        return f"Accuracy {found.accuracy:.1%}{_beside(found)}. Protocol: {found.sentence()}."
     if not quality or not report.protocol:
         return "Nothing: the run was asked not to measure. Measure it before you rely on it."
     dense_bits = 8 * report.source.bytes / report.source.parameters
@@ -107,6 +119,14 @@ def _measured(report: Report) -> str:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\nProtocol: {report.protocol.sentence()}."
+
+
+def _beside(found: Classification) -> str:
+    """The accuracy of what a classifier was compared with."""
+    if found.reference_accuracy is None:
+        return ""
+    same = f"the same class on {found.agreement:.1%} of the texts"
+    return f"; that of the larger model {found.reference_accuracy:.1%}, {same}"
 
 
 def _limits(report: Report) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from penjing.errors import CheckpointError
+from penjing.evaluation.classification import Classification
 from penjing.evaluation.metrics import Quality
 from penjing.evaluation.windows import Protocol
 from penjing.runtime.memory import CacheMemory
@@ -123,6 +124,7 @@ class Report:
     sample           the beginning of a calibration window, as a person reads it
     quality          None when the result was not measured; holds the dense model's perplexity beside its own
     protocol         how `quality` was measured
+    classification   the same of a classifier of texts, and how it was measured; None for other models
     kv_cache         what the recipe's quantised key-value cache holds after a window; None without one
     block_errors     relative error of each block's output
     skipped          what was left dense or removed, with reasons
@@ -143,6 +145,7 @@ class Report:
     sample: str = ""
     quality: Quality | None = None
     protocol: Protocol | None = None
+    classification: Classification | None = None
     kv_cache: CacheMemory | None = None
     block_errors: tuple[float, ...] = ()
     skipped: tuple[Skipped, ...] = ()
@@ -173,6 +176,8 @@ class Report:
         plain["bits_per_weight"] = self.bits_per_weight
         if self.protocol:
             plain["protocol"]["sentence"] = self.protocol.sentence()
+        if self.classification:
+            plain["classification"]["sentence"] = self.classification.sentence()
         return _finite(plain)
 
     def to_json(self) -> str:

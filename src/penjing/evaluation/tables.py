@@ -20,6 +20,8 @@ def _plain(report: Report | Mapping[str, Any]) -> Mapping[str, Any]:
 def summary_table(report: Report | Mapping[str, Any]) -> Group:
     """The dense model beside the result: size, perplexity, KL, agreement; under it the protocol and what to know."""
     data = _plain(report)
+    if data["classification"]:
+        return Group(classification_table(data), "", *_remarks(data))
     source = data["source"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("model", "size", "bits per weight", "perplexity", "KL, nats per token", "same top token"):
@@ -41,6 +43,22 @@ def summary_table(report: Report | Mapping[str, Any]) -> Group:
     return Group(table, "", *_remarks(data))
 
 
+def classification_table(data: Mapping[str, Any]) -> Table:
+    """Every model of a run that made a classifier: the step it came from, parameters, accuracy."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("model", "parameters", "accuracy", "same class", "KL, nats"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_row(escape(data["source"]["label"]), f"{data['source']['parameters']:,}", "", "", "")
+    for number, entry in enumerate(data["made"], 1):
+        accuracy = f"{entry['accuracy']:.1%}" if "accuracy" in entry else ""
+        against = ["", ""]
+        found = data["classification"]
+        if number == len(data["made"]) and found["agreement"] is not None:
+            against = [f"{found['agreement']:.1%}", f"{found['kl']:.4f}"]
+        table.add_row(escape(entry["step"]["method"]), f"{entry['parameters']:,}", accuracy, *against)
+    return table
+
+
 def cache_line(held: Mapping[str, Any]) -> str:
     """What a quantised KV cache saves, in a line."""
     ratio = held["full_bytes"] / held["bytes"]
@@ -52,7 +70,7 @@ def cache_line(held: Mapping[str, Any]) -> str:
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:
-    protocol = escape(data["protocol"]["sentence"]) if data["protocol"] else "not measured"
+    protocol = escape((data["protocol"] or data["classification"] or {"sentence": "not measured"})["sentence"])
     lines = [f"[dim]{protocol}[/]"]
     surplus = data["bytes"] - data["predicted_bytes"]
     lines.append(f"predicted {readable_bytes(data['predicted_bytes'])}, written {surplus:+,} bytes from that")

@@ -326,6 +326,8 @@ class Method:
     select: Selection | None = None
     rewrite: RewriteFunction | None = None
     remake: Remake | None = None
+    reads: Literal["decoder", "encoder"] = "decoder"
+    """Which kind of model it works on: one that writes on, or one that reads whole texts and classifies them."""
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
     passes: Callable[[Any, int], float] = field(default=lambda options, windows: 0.0)
     """Training in units of forward passes over all calibration windows, given how many there are."""

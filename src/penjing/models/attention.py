@@ -20,6 +20,7 @@ Watcher = Callable[[int, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, T
 """(layer, query (B, H, T, d), key and value (B, H_kv, T', d), factor on Q K^T) -> what attention works on instead."""
 
 _WATCHER = "_penjing_watcher"
+_NAME = "_penjing_name"
 _PREFIX = "penjing_"
 
 
@@ -35,13 +36,15 @@ def watch_attention(model: nn.Module, watcher: Watcher) -> Callable[[], None]:
         raise PlanError(f"attention of kind {before!r} cannot be watched; load the model with sdpa or eager")
     _register(before)
     watched.set_attn_implementation(_PREFIX + before)
-    for module in model.modules():
+    for name, module in model.named_modules():
         object.__setattr__(module, _WATCHER, watcher)
+        object.__setattr__(module, _NAME, name)
 
     def end() -> None:
         watched.set_attn_implementation(before)
         for module in model.modules():
             module.__dict__.pop(_WATCHER, None)
+            module.__dict__.pop(_NAME, None)
 
     return end
 
@@ -69,8 +72,14 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     watcher: Watcher = getattr(module, _WATCHER)
-    query, key, value = watcher(module.layer_idx, query, key, value, scaling)
+    query, key, value = watcher(_layer(module), query, key, value, scaling)
     return _own(module)(module, query, key, value, *args, **kwargs)
+
+
+def _layer(module: Any) -> int:
+    """The number of a layer; where the module does not know it, the first number in its name."""
+    known = getattr(module, "layer_idx", None)
+    return int(known if known is not None else next(filter(str.isdigit, getattr(module, _NAME).split("."))))
 
 
 def _own(module: Any) -> Callable[..., Any]:

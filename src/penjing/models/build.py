@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from penjing.errors import CheckpointError
 from penjing.models.experts import separate_experts
-from penjing.models.families import read_family
+from penjing.models.families import is_encoder, read_family
 from penjing.models.layout import Layout
 
 TIED = "_penjing_tied"
@@ -33,7 +33,8 @@ def build_model(config: Mapping[str, Any], layout: Layout, *, trust_remote_code:
 
 
 def build_meta(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """The transformers model with everything on the meta device. Raises CheckpointError if it cannot be built.
+    """The transformers model with everything on the meta device: a language model, or a classifier where the config is
+    an encoder's. Raises CheckpointError if it cannot be built.
 
     Computed buffers are laid out in fp32 whatever the dtype of the weights: the models cast them where they are used.
     """
@@ -51,7 +52,7 @@ def build_random(
 
 
 def _build(config: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -59,7 +60,8 @@ def _build(config: Mapping[str, Any], device: str | torch.device, dtype: torch.d
         try:
             remote = trust_remote_code and "auto_map" in config and config["model_type"] not in CONFIG_MAPPING_NAMES
             settings = _settings(config, remote)
-            return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=remote)
+            kind = AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
+            return kind.from_config(settings, dtype=dtype, trust_remote_code=remote)
         except Exception as error:  # configuration classes raise whatever they like
             raise CheckpointError(f"transformers cannot build a {config['model_type']!r} model: {error}") from error
 

@@ -51,8 +51,10 @@ def check_tied_head(layout: Layout, checkpoint: Checkpoint) -> None:
     transformers then unties them, other engines do not; the config has to say which is meant. Reads both matrices,
     but only of a checkpoint that stores the head twice.
     """
+    if not layout.tied:
+        return
     head, embedding = (f"{module.name}.weight" for module in (layout.head, layout.embedding))
-    if not layout.tied or head not in checkpoint.specs():
+    if head not in checkpoint.specs():
         return
     if not checkpoint.load(head).equal(checkpoint.load(embedding)):
         raise CheckpointError(

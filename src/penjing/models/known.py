@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from penjing.models.expressions import holds, size, sizes
-from penjing.models.families import FAMILIES, read_family
+from penjing.models.families import FAMILIES, classes_of, classifies, read_family
 from penjing.models.layout import InputGroup, Layout, ModuleSpec, Residual, ValueHeads
 
 Facts = Mapping[str, Any]
@@ -19,7 +19,8 @@ def known_layout(config: Facts) -> Layout:
     name = FAMILIES[config["model_type"]]
     family = read_family(name)
     values = _values(family, config)
-    tied = bool(values["tie_word_embeddings"])
+    encoder = bool(family.get("encoder"))
+    tied = bool(values["tie_word_embeddings"]) and not encoder
     path, blocks = family["block_path"], size(family["layers"], values)
     kinds = [_kind(family, values, index) for index in range(blocks)]
     templates = {kind: _modules(family["block"], kind, values) for kind in set(kinds)}
@@ -42,6 +43,7 @@ def known_layout(config: Facts) -> Layout:
         residual=tuple(residual[kind] for kind in kinds),
         heads=_heads(family["heads"], values),
         scaled=family.get("scaled_embedding", False),
+        encoder=encoder,
     )
 
 
@@ -52,6 +54,8 @@ def _values(family: Facts, config: Facts) -> dict[str, Any]:
         choices = [choices] if isinstance(choices, str) else choices
         usable = [choice for choice in choices[:-1] if choice in values]
         values[name] = size((usable or choices[-1:])[0], values)
+    if family.get("encoder"):
+        values |= {"classifies": classifies(config), "classes": len(classes_of(config))}
     return values
 
 

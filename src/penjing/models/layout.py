@@ -110,6 +110,7 @@ class Layout:
     residual     how each block reads and writes the residual stream; empty when it is not known
     heads        where the attention values are; None when it is not known
     scaled       embeddings are multiplied by the square root of their width (Gemma)
+    encoder      it reads whole texts and classifies them, and predicts no next token (BERT)
     """
 
     model_type: str
@@ -123,6 +124,7 @@ class Layout:
     residual: tuple[Residual, ...] = ()
     heads: ValueHeads | None = None
     scaled: bool = False
+    encoder: bool = False
 
     @property
     def blocks(self) -> int:

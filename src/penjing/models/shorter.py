@@ -12,7 +12,7 @@ def shortened(config: Mapping[str, Any], blocks: int, keep: Sequence[int]) -> di
     if "layer_types" not in config and (layer_types := _default_layer_types(config)):
         config["layer_types"] = layer_types
     for key, value in config.items():
-        if key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
             config[key] = len(keep)
         elif isinstance(value, list) and len(value) == blocks:
             config[key] = [value[index] for index in keep]

@@ -23,7 +23,7 @@ from penjing.evaluation.windows import Protocol
 from penjing.memory import PeakMemory, share_one_heap
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
-from penjing.pipeline import decoding, measure
+from penjing.pipeline import decoding, encoders, measure
 from penjing.pipeline.journal import Fingerprint, Journal, alone_in, require_usable
 from penjing.pipeline.sizes import settle
 from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
@@ -44,6 +44,7 @@ class Job:
     calibration  windows the methods will see; None when no step looks at activations
     evaluation   windows the result is measured on; None when it will not be measured
     dtype        of the calibration arithmetic
+    measured     the result will be measured (an encoder: on labelled texts, read when that begins)
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Job:
     evaluation: Text | None
     dtype: torch.dtype
     trust_remote_code: bool
+    measured: bool = True
 
     def fingerprint(self) -> Fingerprint:
         """Digests of all that the written bytes depend on."""
@@ -87,18 +89,21 @@ def prepare(
     if not measured and (limits.max_kl or limits.max_perplexity_ratio):
         raise PlanError("the recipe limits what may be lost (`require`), so the result has to be measured: evaluate it")
     source = TextSource(checkpoint)
-    wanted = recipe.evaluation
+    wanted, windows = recipe.evaluation, not layout.encoder
     job = Job(
         recipe=recipe,
         checkpoint=checkpoint,
         layout=layout,
         plan=plan,
         directory=directory,
-        calibration=source.calibration(recipe.calibration) if needs_text(recipe) else None,
-        evaluation=source.evaluation(wanted.data, wanted.windows, wanted.length) if measured else None,
+        calibration=source.calibration(recipe.calibration) if needs_text(recipe) and windows else None,
+        evaluation=source.evaluation(wanted.data, wanted.windows, wanted.length) if measured and windows else None,
         dtype=compute_dtype(),
         trust_remote_code=trust_remote_code,
+        measured=measured,
     )
+    if layout.encoder:
+        encoders.check(job)
     if job.calibration and job.evaluation and job.calibration.protocol.text_hash == job.evaluation.protocol.text_hash:
         raise PlanError(
             f"calibration and evaluation text are the same ({job.evaluation.protocol.corpus}); a model must be "
@@ -110,7 +115,9 @@ def prepare(
 def run(job: Job, progress: Progress) -> Report:
     """Do the work that `prepare` laid out. Raises VerificationError or QualityError once the files are written."""
     with alone_in(job.directory):
-        return _run(job, progress)
+        report = encoders.run(job, progress) if job.layout.encoder else _run(job, progress)
+        _require(job.recipe, report)
+        return report
 
 
 def _run(job: Job, progress: Progress) -> Report:
@@ -140,7 +147,6 @@ def _run(job: Job, progress: Progress) -> Report:
     journal.close()
     for shard in set(outcome.walk.shards) - set(weights):
         (job.directory / shard).unlink()
-    _require(job.recipe, report)
     return report
 
 

@@ -17,19 +17,23 @@ from safetensors.torch import load_file, save_file
 
 
 def main(directory: str, probe: str, output: str, code: str, *modules: str) -> None:
-    """Write logits (T, V) fp32 and what the loader found missing or unexpected."""
+    """Write logits fp32, (T, V) of a text or (B, C) of a classifier's texts, and what the loader missed or did not
+    expect."""
     for module in modules:
         importlib.import_module(module)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    known = AutoConfig.from_pretrained(directory, trust_remote_code=code == "own-code").architectures or ()
+    classifies = any(name.endswith("ForSequenceClassification") for name in known)
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model, info = kind.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=code == "own-code"
     )
     tokens = load_file(probe)["tokens"]
     with torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+        logits = model(input_ids=tokens).logits if classifies else model(input_ids=tokens, use_cache=False).logits[0]
     found = {key: sorted(str(name) for name in info.get(key, ())) for key in ("missing_keys", "unexpected_keys")}
-    save_file({"logits": logits.contiguous()}, output, {"found": json.dumps(found)})
+    save_file({"logits": logits.float().contiguous()}, output, {"found": json.dumps(found)})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from penjing.methods.pruning.cut import UnitCut
 from penjing.methods.pruning.layer_cut import LayerCut
 from penjing.methods.pruning.loraprune import TrainedCut
 from penjing.methods.pruning.taylor import WeightPruning
+from penjing.methods.pruning.vocabulary import VocabularyCut
 from penjing.methods.quantization.kivi import CONFIG_KEY
 from penjing.methods.training import Trained
 from penjing.methods.weight_sharing.tie import Tie
@@ -42,6 +43,7 @@ from penjing.pipeline.trained import make_trained, make_trained_cut
 from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.tying import tie_blocks
 from penjing.pipeline.verification import save_probe
+from penjing.pipeline.vocabulary_cut import trim_vocabulary
 from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
 from penjing.pipeline.weight_pruning import prune_weights
 from penjing.pipeline.weights import ShardReader, Weights
@@ -91,6 +93,7 @@ MAKERS: dict[type[Remake], Maker] = {
     LayerCut: cut_layers,
     WeightPruning: prune_weights,
     Tie: tie_blocks,
+    VocabularyCut: trim_vocabulary,
 }
 """Who does the work of each kind of `Remake`."""
 
@@ -125,7 +128,7 @@ def run_stages(job: Job, journal: Journal, progress: Progress) -> Outcome:
             removed += _walk_into(folder / "walked", job, plan, checkpoint, journal, progress)
             checkpoint = open_checkpoint(folder / "walked", trust_remote_code=job.trust_remote_code)
         assert stage.remake is not None and job.calibration is not None
-        made.append(_make(folder / "made", job, stage.remake, checkpoint, after, progress))
+        made.append(make(folder / "made", job, stage.remake, checkpoint, after, progress))
         checkpoint = open_checkpoint(folder / "made", trust_remote_code=job.trust_remote_code)
     last = _with_owners_of(checkpoint, plans[-1], job.trust_remote_code) if made else plans[-1]
     one = _Walker(job, job.directory, last, checkpoint, journal, progress)
@@ -163,7 +166,7 @@ def _walk_into(
     return [(index, reason) for index, reason in json.loads(done.read_text(encoding="utf-8"))["removed"]]
 
 
-def _make(
+def make(
     directory: Path, job: Job, step: Step, checkpoint: Checkpoint, after: Plan, progress: Progress
 ) -> Mapping[str, Any]:
     """The model that a step makes, in `directory`."""
@@ -171,7 +174,7 @@ def _make(
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         remake = step.definition.remake
-        assert remake is not None and job.calibration is not None
+        assert remake is not None
         layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=job.trust_remote_code)
         task = RemakeTask(
             step=step,
@@ -180,7 +183,7 @@ def _make(
             config=remake.config(checkpoint.config, layout, step.options),
             original=job.checkpoint,
             recipe=job.recipe,
-            tokens=job.calibration.tokens,
+            tokens=torch.empty(0, 0, dtype=torch.long) if job.calibration is None else job.calibration.tokens,
             zeros={row.module.name: row.given for row in after.rows if row.given.sparsity},
             directory=directory,
             dtype=job.dtype,

@@ -22,10 +22,12 @@ from penjing.checkpoint import open_checkpoint, single_gguf, write_bytes
 from penjing.errors import CheckpointError, VerificationError
 from penjing.formats import format_of
 from penjing.models import layout_of
+from penjing.models.families import is_encoder
 from penjing.pipeline import load_probe, onnx_check
 from penjing.pipeline.journal import FOLDER, digest
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weights import Weights
+from penjing.training.models import load_model
 
 TOLERANCE = 1e-4
 """Largest |logit difference| allowed, relative to the largest |logit|. Both sides compute in fp32 on the same decoded
@@ -84,7 +86,7 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
         )
     _check_files(directory, path)
     probe = load_file(path)
-    tensors, logits = _streamed(directory, probe["tokens"], trust_remote_code)
+    tensors, logits = _read_back(directory, probe["tokens"], trust_remote_code)
     difference = _difference("read back block by block", logits, probe["logits"])
     how, kl = _engine_for(directory) if engine else "streamed", None
     if how == "transformers":
@@ -137,6 +139,16 @@ def _check_files(directory: Path, probe: Path) -> None:
     added = sorted(path.name for kind in kinds for path in directory.glob(f"*{kind}") if path.name not in digests)
     if added:
         raise VerificationError(f"{directory} holds weights that penjing did not write: {', '.join(added)}")
+
+
+def _read_back(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:
+    """Number of tensors and logits through Penjing's own reader: an encoder whole, a decoder block by block."""
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    if not is_encoder(checkpoint.config):
+        return _streamed(directory, tokens, trust_remote_code)
+    with torch.no_grad():
+        logits: Tensor = load_model(checkpoint)(input_ids=tokens).logits.float()
+    return len(checkpoint.specs()), logits
 
 
 def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from penjing.checkpoint import write_bytes
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import CheckpointError
+from penjing.models import layout_of
 from penjing.models.build import build_meta, quiet
+from penjing.models.families import is_encoder
 
 _NOT_WRITTEN = ("torch_dtype", "_name_or_path")
 
@@ -22,20 +24,36 @@ _NOT_WRITTEN = ("torch_dtype", "_name_or_path")
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
     """The transformers model of a checkpoint of plain tensors, in evaluation mode and without gradients.
 
+    An encoder without a head for classes gets a fresh one.
+
     Raises CheckpointError when its tensors are not those of the model, or are packed codes.
     """
     if "quantization_config" in checkpoint.config:
         raise CheckpointError(f"{checkpoint.label} holds packed codes; training starts from plain tensors")
     blank = build_meta(checkpoint.config, trust_remote_code=trust_remote_code)
     tensors = {name: checkpoint.load(name) for name in checkpoint.specs()}
-    with quiet():
+    fresh: set[str] = set()
+    if is_encoder(checkpoint.config):
+        tensors, fresh = _of_classifier(checkpoint, blank, tensors)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model, told = type(blank).from_pretrained(
             None, config=blank.config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
+    told["missing_keys"] = set(told["missing_keys"]) - fresh
     odd = {key: sorted(told[key])[:3] for key in ("missing_keys", "mismatched_keys", "unexpected_keys") if told[key]}
     if odd:
         raise CheckpointError(f"{checkpoint.label}: tensors do not fit the model: {odd}")
     return model.eval().requires_grad_(False)
+
+
+def _of_classifier(
+    checkpoint: Checkpoint, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Those tensors of an encoder that its classifier has, and the names of those that begin fresh."""
+    names = model.state_dict().keys()
+    expected = {name for module in layout_of(checkpoint.config).modules for name in module.tensor_names()}
+    return {name: tensors[name] for name in names if name in tensors}, set(names) - expected
 
 
 def zeros_of(model: nn.Module) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.evaluation.text import load_documents
 from penjing.evaluation.windows import evaluation_windows, leading_token, load_tokenizer
 from penjing.methods.training import TrainFunction, TrainOptions, TrainTask
+from penjing.models.families import classes_of, is_encoder
 from penjing.training.data import Batches, Pairs, Windows, holds_pairs, padding_of, read_pairs
 from penjing.training.log import Curve
 from penjing.training.loop import Progress, train
 from penjing.training.models import load_model, save_model, zeros_of
+from penjing.training.texts import LENGTH, Texts, read_texts
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,21 @@ class TrainStage:
 
     def batches(self, options: TrainOptions) -> tuple[Batches, str]:
         """What to train on, and its digest."""
+        if is_encoder(self.source.config):
+            return self.texts(options)
         if options.data is None:
             return Windows(self.tokens, *_sizes(options)), _digest(self.tokens.tolist())
         return read_batches(options, load_tokenizer(self.source.files()), self.tokens.shape[1])
+
+    def texts(self, options: TrainOptions) -> tuple[Batches, str]:
+        """Texts with the classes that the result knows, and their digest; texts alone for a step that needs no more."""
+        assert options.data is not None
+        tokenizer = load_tokenizer(self.source.files())
+        classes = classes_of(self.config) if getattr(options, "stage", "task") == "task" else None
+        length = min(options.length or LENGTH, self.config.get("max_position_embeddings", LENGTH))
+        examples = read_texts(options.data, tokenizer, classes, length, options.samples)
+        seen = _digest([(example.inputs["input_ids"].tolist(), example.label) for example in examples])
+        return Texts(examples, padding_of(tokenizer), *_sizes(options)), seen
 
 
 def read_batches(options: TrainOptions, tokenizer: Any, length: int = 512) -> tuple[Batches, str]:

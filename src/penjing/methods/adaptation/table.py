@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penjing.methods.adaptation import peqa, recover
+from penjing.methods.adaptation import classify, peqa, recover
 from penjing.methods.base import Method
 from penjing.methods.training import Trained
 
@@ -21,5 +21,13 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2407.14679",
         options=recover.RecoverOptions,
         remake=Trained(start=recover.train),
+    ),
+    Method(
+        name="classify",
+        summary="train an encoder on labelled texts, with a fresh head for their classes",
+        paper="arXiv:1810.04805",
+        options=classify.ClassifyOptions,
+        reads="encoder",
+        remake=Trained(start=classify.train, config=lambda config, layout, options: options.config(config, layout)),
     ),
 )

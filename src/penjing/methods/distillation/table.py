@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penjing.methods.base import Method
-from penjing.methods.distillation import distil, on_policy
+from penjing.methods.distillation import distil, encoder, on_policy
 from penjing.methods.training import Trained
 
 TABLE: tuple[Method, ...] = (
@@ -31,5 +31,17 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2306.08543",
         options=on_policy.MiniLLMOptions,
         remake=Trained(start=on_policy.train_minillm),
+    ),
+    Method(
+        name="distil-encoder",
+        summary="train a smaller classifier of texts on its teacher's classes, states, attention and relations",
+        paper="arXiv:1909.10351",
+        options=encoder.EncoderDistilOptions,
+        reads="encoder",
+        remake=Trained(
+            start=encoder.train,
+            config=lambda config, layout, options: options.config(config, layout),
+            keeps_zeros=lambda options: options.student is None,
+        ),
     ),
 )

@@ -20,6 +20,7 @@ from penjing.methods.pruning import (
     shortgpt,
     sparsegpt,
     taylor,
+    vocabulary,
     wanda,
 )
 from penjing.methods.pruning.options import RefitOptions, caution, needs_of_mask
@@ -173,5 +174,15 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:1803.03635",
         options=lottery_ticket.LotteryOptions,
         remake=Trained(start=lottery_ticket.train, prunes=everywhere),
+    ),
+    Method(
+        name="trim-vocabulary",
+        summary="leave tokens that a use never meets out of an encoder's embedding and of its tokenizer",
+        paper="arXiv:2010.05609",
+        options=vocabulary.VocabularyOptions,
+        reads="encoder",
+        remake=vocabulary.VocabularyCut(
+            config=lambda config, layout, options: options.config(config, layout), keeps_zeros=lambda options: True
+        ),
     ),
 )

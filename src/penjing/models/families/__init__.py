@@ -9,6 +9,8 @@ from importlib import resources
 from typing import Any
 
 FAMILIES: Mapping[str, str] = {
+    "bert": "bert",
+    "distilbert": "distilbert",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
@@ -22,8 +24,30 @@ FAMILIES: Mapping[str, str] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
 }
 """`model_type` of config.json -> name of the family file."""
+
+CLASSIFIER = "ForSequenceClassification"
+"""How the architectures of classifiers end, in `config["architectures"]`."""
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes an encoder: a model that reads a whole text at once and classifies it."""
+    name = FAMILIES.get(config["model_type"])
+    return name is not None and bool(read_family(name).get("encoder"))
+
+
+def classifies(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes an encoder that has a head for classes."""
+    return any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ())
+
+
+def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes, in the order of the logits; those of transformers where config.json has none."""
+    named = config.get("id2label") or {number: f"LABEL_{number}" for number in range(config.get("num_labels") or 2)}
+    return tuple(named[key] for key in sorted(named, key=int))
 
 
 @cache
