@@ -229,6 +229,15 @@ TRAINED: dict[str, Case] = {
         "gemma3",
     ),
     "wanda, minillm": Case((step("wanda", sparsity=0.5), step("minillm", new_tokens=4, **BRIEF)), "native"),
+    "mutual": Case((step("mutual", students=[{"layers": 1}, {"init": "random"}], **BRIEF),), "dense", "gpt2"),
+    "early exits, born again": Case(
+        (
+            step("early-exits", exits=[1], keep=1, hidden=0.5, **BRIEF),
+            step("distil", student={"init": "random"}, teacher="previous", **BRIEF),
+        ),
+        "dense",
+        "gpt_neox",
+    ),
     "llm-qat, rtn": Case((QAT, four("rtn", scale_rule="narrow", activations={"bits": 8}))),
 }
 

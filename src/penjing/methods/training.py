@@ -57,16 +57,18 @@ Objective = Callable[[nn.Module, Batch], Loss]
 class TrainTask:
     """What a method that trains is given.
 
-    model    the student in fp32, as the steps before left it; nothing requires a gradient yet
-    teacher  loads the dense model that is to be matched; without gradients, in evaluation mode
-    kept     bool (N, K) in the orientation of the live parameter, by parameter name: zeros elsewhere must stay zeros
-    config   the model's config.json
+    model       the student in fp32, as the steps before left it; nothing requires a gradient yet
+    teacher     loads the dense model that is to be matched; without gradients, in evaluation mode
+    kept        bool (N, K) in the orientation of the live parameter, by parameter name: zeros elsewhere must stay zeros
+    config      the model's config.json
+    tokenizers  loads those of model and teacher
     """
 
     model: nn.Module
     teacher: Callable[[], nn.Module]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizers: Callable[[], tuple[Any, Any]] = lambda: (None, None)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Training:
     repeats: int = 0
     rewind: int = 0
 
+
+PREVIOUS = "previous"
+"""The name of the teacher that is the model which the step is given."""
 
 TrainFunction = Callable[[TrainTask, Any], Training]
 """What to train, given a method's options."""
@@ -132,7 +137,9 @@ class TrainOptions(Options):
     )
     samples: int | None = Field(None, ge=1, description="windows or pairs of `data`; default: all that `steps` need")
     length: int | None = Field(None, ge=2, description="tokens per window or pair; default: that of the recipe's text")
-    teacher: str | None = Field(None, description="another model to learn from; default: the original")
+    teacher: str | None = Field(
+        None, description="another model to learn from, or `previous`: the one at hand; default: the original"
+    )
 
     def trained(self, layout: Layout) -> int:
         """Number of parameters that are trained, for the plan's memory."""

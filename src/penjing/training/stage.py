@@ -15,7 +15,7 @@ from torch import Tensor
 from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.evaluation.text import load_documents
 from penjing.evaluation.windows import evaluation_windows, leading_token, load_tokenizer
-from penjing.methods.training import TrainFunction, TrainOptions, TrainTask
+from penjing.methods.training import PREVIOUS, TrainFunction, TrainOptions, TrainTask
 from penjing.models.families import classes_of, is_encoder
 from penjing.training.data import Batches, Pairs, Windows, holds_pairs, padding_of, read_pairs
 from penjing.training.log import Curve
@@ -59,8 +59,13 @@ class TrainStage:
         """
         batches, seen = self.batches(options)
         model = load_model(self.source, trust_remote_code=self.trust_remote_code)
-        kept = zeros_of(model) if self.sparse else {}
-        task = TrainTask(model, lambda: self.teacher(options), kept, self.source.config)
+        task = TrainTask(
+            model=model,
+            teacher=lambda: self.teacher(options),
+            kept=zeros_of(model) if self.sparse else {},
+            config=self.source.config,
+            tokenizers=lambda: (load_tokenizer(self.source.files()), load_tokenizer(self.learnt_from(options).files())),
+        )
         torch.manual_seed(options.seed)
         training = method(task, options)
         marks = {"method": name, "model": self.source.fingerprint(), "data": seen}
@@ -72,9 +77,13 @@ class TrainStage:
 
     def teacher(self, options: TrainOptions) -> Any:
         """The model to learn from."""
-        named = options.teacher
-        wanted = self.original if named is None else open_checkpoint(named, trust_remote_code=self.trust_remote_code)
-        return load_model(wanted, trust_remote_code=self.trust_remote_code)
+        return load_model(self.learnt_from(options), trust_remote_code=self.trust_remote_code)
+
+    def learnt_from(self, options: TrainOptions) -> Checkpoint:
+        """The checkpoint of the teacher."""
+        if options.teacher in (None, PREVIOUS):
+            return self.original if options.teacher is None else self.source
+        return open_checkpoint(options.teacher, trust_remote_code=self.trust_remote_code)
 
     def batches(self, options: TrainOptions) -> tuple[Batches, str]:
         """What to train on, and its digest."""

@@ -9,6 +9,7 @@ Source: Hinton et al. 2015 (arXiv:1503.02531); see the modules named above for t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import Field, model_validator
 
 from penjing.errors import PlanError
 from penjing.methods.adaptation.recover import hold_zeros
+from penjing.methods.distillation.across_vocabularies import AcrossVocabularies
 from penjing.methods.distillation.hidden_states import Measure
 from penjing.methods.distillation.jsd import generalised_jsd
 from penjing.methods.distillation.kl import reverse_kl
@@ -25,7 +27,7 @@ from penjing.methods.distillation.skewed_kl import skewed_forward_kl, skewed_rev
 from penjing.methods.distillation.soft_labels import soft_labels
 from penjing.methods.distillation.student import Student, make_student
 from penjing.methods.distillation.tokens import TokenLoss
-from penjing.methods.training import Training, TrainOptions, TrainTask
+from penjing.methods.training import PREVIOUS, Training, TrainOptions, TrainTask
 from penjing.models.layout import Layout
 
 LossName = Literal["forward-kl", "reverse-kl", "skewed-forward-kl", "skewed-reverse-kl", "jsd"]
@@ -70,6 +72,9 @@ class DistilOptions(DivergenceOptions):
     attention: float = Field(0.0, ge=0, description="weight of TinyBERT's squared differences of attention scores")
     relations: float = Field(0.0, ge=0, description="weight of MiniLM's relations in the last layer")
     relation_heads: int = Field(12, ge=1, description="heads into which queries, keys and values are cut for relations")
+    vocabularies: Literal["same", "mapped"] = Field(
+        "same", description="`mapped`: the teacher may have another one; sorted probabilities are compared (ULD)"
+    )
     transfer_first: float = Field(
         0.0, ge=0, le=1, description="share of the steps, the first, in which states and attention alone are learnt"
     )
@@ -78,6 +83,8 @@ class DistilOptions(DivergenceOptions):
     def _transfers(self) -> Self:
         if self.transfer_first and not self.transfer.wanted:
             raise ValueError("`transfer_first` needs a weight for `hidden`, `attention` or `relations`")
+        if self.vocabularies == "mapped" and (self.transfer.wanted or self.loss != "forward-kl"):
+            raise ValueError("`vocabularies: mapped` compares sorted probabilities, and nothing else of two models")
         return self
 
     def config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
@@ -92,9 +99,13 @@ class DistilOptions(DivergenceOptions):
 
 def train(task: TrainTask, options: DistilOptions) -> Training:
     """The method's `train` shape. Raises PlanError when student and teacher have different vocabularies."""
-    teacher, model = task.teacher(), task.model
+    model = task.model
+    teacher = copy.deepcopy(model) if options.teacher == PREVIOUS else task.teacher()
     if options.student is not None:
         model = make_student(model, options.student, options.seed)
+    if options.vocabularies == "mapped":
+        model.requires_grad_(True)
+        return Training(model, AcrossVocabularies(teacher, *task.tokenizers(), options.alpha))
     same_vocabulary(model, teacher)
     objective = Distillation(teacher, options.token_loss(), options.alpha, options.transfer)
     objective.fit(model, options.seed)
@@ -115,6 +126,7 @@ def same_vocabulary(student: object, teacher: object) -> None:
     ours, theirs = (model.config.vocab_size for model in (student, teacher))  # type: ignore[attr-defined]
     if ours != theirs:
         raise PlanError(
-            f"the student has {ours} tokens and the teacher {theirs}: their logits mean different things. Let the "
-            "teacher write answers instead (sequence-level distillation), or choose a teacher of the same vocabulary"
+            f"the student has {ours} tokens and the teacher {theirs}: their logits mean different things. Set "
+            "`vocabularies: mapped`, let the teacher write answers instead (sequence-level distillation), or choose "
+            "one of the same vocabulary"
         )

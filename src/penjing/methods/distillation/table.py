@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penjing.methods.base import Method
-from penjing.methods.distillation import distil, encoder, on_policy
+from penjing.methods.distillation import distil, encoder, mutual, on_policy, self_distillation
 from penjing.methods.training import Trained
 
 TABLE: tuple[Method, ...] = (
@@ -31,6 +31,28 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2306.08543",
         options=on_policy.MiniLLMOptions,
         remake=Trained(start=on_policy.train_minillm),
+    ),
+    Method(
+        name="mutual",
+        summary="train several students side by side, each on the text and on what the others say; keep the first",
+        paper="arXiv:1706.00384",
+        options=mutual.MutualOptions,
+        remake=Trained(
+            start=mutual.train,
+            config=lambda config, layout, options: options.config(config, layout),
+            keeps_zeros=lambda options: False,
+        ),
+    ),
+    Method(
+        name="early-exits",
+        summary="let a model's last layer teach its earlier ones, and keep as many blocks as an exit needs",
+        paper="arXiv:1905.08094",
+        options=self_distillation.ExitOptions,
+        remake=Trained(
+            start=self_distillation.train,
+            config=lambda config, layout, options: options.config(config, layout),
+            keeps_zeros=lambda options: False,
+        ),
     ),
     Method(
         name="distil-encoder",

@@ -24,7 +24,7 @@ from penjing.methods.base import Options, Remake
 from penjing.models.layout import Layout
 
 WORD_PIECES = ("bert", "distilbert")
-"""Model types whose tokenizers cut words by the longest piece that is known, so that any piece but characters can go."""
+"""Model types whose tokenizers cut words by the longest known piece, so that any piece but characters can go."""
 
 INSIDE = "##"
 """How a piece begins that does not begin a word."""
