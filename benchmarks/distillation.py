@@ -74,7 +74,7 @@ def main() -> None:
     wanted = [name.strip() for name in options.variants.split(";") if name.strip()] or list(VARIANTS)
     found: dict[str, Any] = {
         "software": Software.here().__dict__,
-        "setting": {key: str(value) for key, value in vars(options).items() if key not in UNSAID},
+        "setting": {key: Path(str(value)).name for key, value in vars(options).items() if key not in UNSAID},
         "protocol": texts["protocol"],
         "teacher": measure(teacher, teacher, texts["evaluation"]),
         "students": {},
