@@ -63,9 +63,7 @@ def main() -> None:
     train, test = write_texts(options)
     found: dict[str, Any] = {
         "software": Software.here().__dict__,
-        "setting": {
-            key: str(value) for key, value in vars(options).items() if key not in ("output", "work", "minutes")
-        },
+        "setting": {key: Path(str(value)).name for key, value in vars(options).items() if key not in UNSAID},
         "models": {},
     }
     teacher = options.work / "teacher"
