@@ -22,7 +22,14 @@ def main(script: str, output: str, *directories: str) -> None:
         probe = Path(directory) / ".penjing" / "probe.safetensors"
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                load(directory, str(probe), str(Path(output) / f"{number}.safetensors"), "no-code", *modules)
+                load(
+                    directory,
+                    str(probe),
+                    str(Path(output) / f"{number}.safetensors"),
+                    "no-code",
+                    "next-token",
+                    *modules,
+                )
         except Exception as error:
             failures[directory] = f"{type(error).__name__}: {error}"
     told = {"failures": failures, "imported": "penjing" in sys.modules}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from penjing import api
 from penjing.errors import CalibrationError, PlanError
 from penjing.methods import METHODS
+from penjing.pipeline import encoders
 from tiny_encoders import CLASSES, ENCODERS, PIECES, build, labelled, tokenizer
 from tiny_models import build as build_decoder
 
@@ -94,6 +95,13 @@ def test_what_is_written_is_a_stock_classifier(finished):
     assert words.tokenize("zebra") == ["z", "##e", "##b", "##r", "##a"], "what is gone is spelled"
 
 
+@pytest.fixture
+def read_back_here(monkeypatch):
+    """Results are read back in this process only, which saves one."""
+    monkeypatch.setattr(encoders, "fits_in_memory", lambda parameters: False)
+
+
+@pytest.mark.usefixtures("read_back_here")
 @pytest.mark.parametrize("family", ["distilbert", "roberta"])
 def test_other_families_are_classified_and_distilled(family, files, tmp_path):
     steps = (classify(files, steps=2), distil(files, steps=2, student={"layers": 2}, attention=0.1))
@@ -103,6 +111,7 @@ def test_other_families_are_classified_and_distilled(family, files, tmp_path):
     assert api.inspect(tmp_path / "out").layout.blocks == 2
 
 
+@pytest.mark.usefixtures("read_back_here")
 def test_a_student_learns_in_two_stages(files, tmp_path):
     model = build("bert", tmp_path / "model", bare=False)
     general = distil(files, steps=2, stage="general", student={"layers": 2}, hidden=1.0)
@@ -111,6 +120,16 @@ def test_a_student_learns_in_two_stages(files, tmp_path):
     assert len(losses) == 2 and all(loss > 0 for curve in losses for loss in curve)
 
 
+def test_a_body_is_distilled_and_trimmed_without_a_head(files, tmp_path):
+    general = distil(files, steps=2, stage="general", student={"layers": 2}, relations=1.0, relation_heads=4)
+    model = build("bert", tmp_path / "model")
+    report = api.compress(model, recipe(files, trim(files), general), tmp_path / "out", evaluated=False)
+    assert report.verification["how"] == "transformers" and report.classification is None
+    assert not any("classifier" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert api.plan(tmp_path / "out", recipe(files, classify(files))).layout.parameters > 0
+
+
+@pytest.mark.usefixtures("read_back_here")
 def test_layers_of_the_teacher_are_where_a_student_begins(files, tmp_path):
     model = build("bert", tmp_path / "model", bare=False)
     step = distil(files, steps=1, learning_rate=1e-12, weight_decay=0.0, student={"layers": 2})
@@ -158,8 +177,10 @@ def test_refusals_name_what_is_wrong(files, tmp_path):
     with pytest.raises(CalibrationError, match=r"line 1.*'earth'.*water, fire"):
         api.compress(bare, recipe(files, classify(files, data=str(wrong))), tmp_path / "out2", evaluated=False)
     with pytest.raises(PlanError, match="`classify` first"):
-        step = distil(files, student={"layers": 2}, teacher=str(build("bert", tmp_path / "other", bare=False)))
-        api.compress(bare, recipe(files, step), tmp_path / "out3", evaluated=False)
+        api.plan(bare, recipe(files, distil(files, student={"layers": 2})))
+    step = distil(files, teacher=str(bare))
+    with pytest.raises(PlanError, match="teacher LABEL_0, LABEL_1"):
+        api.compress(build("bert", tmp_path / "other", bare=False), recipe(files, step), tmp_path / "out3")
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -29,7 +29,7 @@ from penjing.models import layout_of
 from penjing.models.families import classes_of, classifies
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stages import clear_stages, make
-from penjing.pipeline.verification import save_probe, verify
+from penjing.pipeline.verification import fits_in_memory, save_probe, verify, whole_answer
 from penjing.training.data import padding_of
 from penjing.training.models import load_model
 from penjing.training.texts import Example, batch_of, read_texts
@@ -110,7 +110,7 @@ def run(job: Job, progress: Progress) -> Report:
         _complete(job, chain[-1])
     with stages.stage("verify"):
         progress("verify", 0, 1, "")
-        verification = verify(job.directory, engine=True)
+        verification = verify(job.directory, engine=fits_in_memory(layout_of(chain[-1].config).parameters))
         progress("verify", 1, 1, verification.how)
     with stages.stage("evaluate"):
         classification = _evaluate(job, chain, made, progress) if job.measured else None
@@ -135,9 +135,7 @@ def _complete(job: Job, last: Checkpoint) -> None:
     write_bytes(job.directory / "recipe.yaml", yaml.safe_dump(job.recipe.as_dict(), sort_keys=False).encode())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(last.config["vocab_size"], PROBE, generator=generator)
-    with torch.no_grad():
-        logits = load_model(last)(input_ids=tokens).logits.float()
-    save_probe(job.directory, tokens, logits, written)
+    save_probe(job.directory, tokens, whole_answer(last, tokens), written)
 
 
 def _evaluate(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from penjing.checkpoint import open_checkpoint, single_gguf, write_bytes
+from penjing.checkpoint import Checkpoint, open_checkpoint, single_gguf, write_bytes
 from penjing.errors import CheckpointError, VerificationError
 from penjing.formats import format_of
 from penjing.models import layout_of
-from penjing.models.families import is_encoder
+from penjing.models.families import classifies, is_encoder
 from penjing.pipeline import load_probe, onnx_check
 from penjing.pipeline.journal import FOLDER, digest
 from penjing.pipeline.stream import StreamedModel
@@ -146,9 +146,25 @@ def _read_back(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tupl
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     if not is_encoder(checkpoint.config):
         return _streamed(directory, tokens, trust_remote_code)
-    with torch.no_grad():
-        logits: Tensor = load_model(checkpoint)(input_ids=tokens).logits.float()
-    return len(checkpoint.specs()), logits
+    return len(checkpoint.specs()), whole_answer(checkpoint, tokens)
+
+
+@torch.no_grad()
+def whole_answer(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """What an encoder makes of texts (B, T), fp32: logits (B, C), without a head the states (B, D) of first tokens."""
+    model = load_model(checkpoint)
+    if classifies(checkpoint.config):
+        logits: Tensor = model(input_ids=tokens).logits
+        return logits.float()
+    states: Tensor = model.base_model(input_ids=tokens).last_hidden_state[:, 0]
+    return states.float()
+
+
+def _head_of(config: Mapping[str, Any]) -> str:
+    """What `load_probe` asks a model for."""
+    if not is_encoder(config):
+        return "next-token"
+    return "classes" if classifies(config) else "none"
 
 
 def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:
@@ -179,7 +195,7 @@ def _through_transformers(directory: Path, probe: Path, trust_remote_code: bool)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "logits.safetensors"
         command = [sys.executable, load_probe.__file__, str(directory), str(probe), str(output)]
-        command += ["own-code" if trust_remote_code else "no-code", *modules]
+        command += ["own-code" if trust_remote_code else "no-code", _head_of(config), *modules]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:

@@ -16,7 +16,7 @@ from penjing.checkpoint.base import Checkpoint
 from penjing.errors import CheckpointError
 from penjing.models import layout_of
 from penjing.models.build import build_meta, quiet
-from penjing.models.families import is_encoder
+from penjing.models.families import classifies, is_encoder
 
 _NOT_WRITTEN = ("torch_dtype", "_name_or_path")
 
@@ -74,12 +74,15 @@ def save_model(
     """Write `model` as a stock Hugging Face directory, whole or not at all.
 
     config.json is `config`, by default that of `checkpoint`, whose other files are copied. What is tied is stored once.
+    Of an encoder that does not classify the body is written, without a head.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    wanted = config or checkpoint.config
+    written = model.base_model if is_encoder(wanted) and not classifies(wanted) else model
     with quiet():
-        model.to(dtype).save_pretrained(partial)
-    entries = {key: value for key, value in (config or checkpoint.config).items() if key not in _NOT_WRITTEN}
+        written.to(dtype).save_pretrained(partial)
+    entries = {key: value for key, value in wanted.items() if key not in _NOT_WRITTEN}
     entries["dtype"] = str(dtype).removeprefix("torch.")
     for name, content in checkpoint.files():
         write_bytes(partial / name, content)

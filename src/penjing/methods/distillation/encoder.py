@@ -15,6 +15,7 @@ section 3; Wang et al. 2020, "MiniLM" (arXiv:2002.10957); Wang et al. 2021, "Min
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,8 @@ from penjing.methods.distillation.student import make_student
 from penjing.methods.distillation.tokens import TokenLoss
 from penjing.methods.training import Batch, Loss, Teacher, Training, TrainTask
 from penjing.models.attention import attention_watched
-from penjing.models.families import classes_of
+from penjing.models.families import classes_of, classifies
+from penjing.models.layout import Layout
 
 
 class EncoderDistilOptions(DistilOptions, EncoderOptions):
@@ -50,6 +52,12 @@ class EncoderDistilOptions(DistilOptions, EncoderOptions):
         if self.stage == "general" and not self.transfer.wanted:
             raise ValueError("`stage: general` needs a weight for `hidden`, `attention` or `relations`")
         return self
+
+    def config(self, config: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+        """config.json of the model that is made. Raises ValueError for a task without a head for its classes."""
+        if self.stage == "task" and not classifies(config):
+            raise ValueError("the encoder has no head for classes: `classify` first, or learn in `stage: general`")
+        return super().config(config, layout)
 
 
 class EncoderDistillation(nn.Module):
