@@ -32,12 +32,12 @@ def files(tmp_path_factory) -> Path:
 
 def classify(files: Path, **keys: Any) -> dict[str, Any]:
     data = str(files / "train.jsonl")
-    return {"method": "classify", "data": data, "classes": CLASSES, "steps": 30, "learning_rate": 2e-3, **keys}
+    return {"method": "classify", "data": data, "classes": CLASSES, "steps": 40, "learning_rate": 5e-3, **keys}
 
 
 def distil(files: Path, **keys: Any) -> dict[str, Any]:
     data = str(files / "train.jsonl")
-    return {"method": "distil-encoder", "data": data, "steps": 20, "learning_rate": 2e-3, **keys}
+    return {"method": "distil-encoder", "data": data, "steps": 30, "learning_rate": 5e-3, **keys}
 
 
 def trim(files: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def finished(files, tmp_path_factory) -> Path:
         relation_heads=4,
         transfer_first=0.3,
     )
-    steps = (classify(files), trim(files), student)
+    steps = (classify(files, head_rate=2.0), trim(files), student)
     api.compress(build("bert", folder / "model"), recipe(files, *steps), folder / "out")
     return folder / "out"
 
@@ -154,6 +154,8 @@ def test_decoders_and_encoders_are_told_apart(files, tmp_path):
     ):
         with pytest.raises(PlanError, match="bert is an encoder"):
             api.plan(encoder, recipe(files, step))
+    with pytest.raises(PlanError, match="is an encoder"):
+        api.export(encoder, "native", tmp_path / "exported")
     with pytest.raises(PlanError, match="format: dense"):
         api.plan(encoder, recipe(files, classify(files)) | {"format": "native"})
     with pytest.raises(PlanError, match="max_bytes"):

@@ -121,6 +121,8 @@ def _prepare(model: str | Path, to: str, trust_remote_code: bool) -> _Job:
         raise PlanError(f"no format called {to!r}{did_you_mean(to, list(FORMATS))}; there are {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     layout = layout_of(checkpoint.config, checkpoint.specs(), trust_remote_code=trust_remote_code)
+    if layout.encoder:
+        raise PlanError(f"{checkpoint.label} is an encoder; formats hold decoders, and encoders stay as they are")
     if not any(name.startswith("quantization_config") for name in checkpoint.config):
         check_tied_head(layout, checkpoint)
     source = Weights(checkpoint, layout)
