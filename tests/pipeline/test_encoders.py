@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
-from penjing import api
+from penjing import api, tables
 from penjing.errors import CalibrationError, PlanError
 from penjing.methods import METHODS
 from penjing.pipeline import encoders
@@ -49,6 +51,12 @@ def recipe(files: Path, *steps: dict[str, Any], **keys: Any) -> dict[str, Any]:
     return {"version": 1, "format": "dense", "steps": list(steps), "evaluation": evaluation, **keys}
 
 
+def printed(table: Any) -> str:
+    with Console(width=200, file=io.StringIO()) as console:
+        console.print(table)
+        return console.file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory) -> Path:
     """A bare BERT made into a classifier, its vocabulary trimmed, and a student of half its blocks."""
@@ -79,6 +87,8 @@ def test_a_run_makes_trims_and_distils_a_classifier(finished, files):
     measured = api.evaluate(finished, data=str(files / "test.jsonl"))
     assert measured.classification.accuracy == report["classification"]["accuracy"]
     assert measured.parameters == counts[2]
+    for shown in (tables.report(report), tables.evaluation(measured.as_dict())):
+        assert "accuracy" in printed(shown) and "32 labelled texts" in printed(shown)
     assert "text-classification" in (finished / "README.md").read_text()
 
 

@@ -35,7 +35,7 @@ def evaluate(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Measure a model: perplexity, and what changed against another model."""
+    """Measure a model: perplexity (a classifier: accuracy), and what changed against another model."""
     from penjing import api, tables
 
     with working() as progress:
