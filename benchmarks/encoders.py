@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and texts lie between two calls")
     parser.add_argument("--train", type=int, default=2000, help="texts to learn from")
     parser.add_argument("--test", type=int, default=800, help="texts to be judged on")
-    parser.add_argument("--teacher-steps", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=150, help="of each student")
+    parser.add_argument("--teacher-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300, help="of each student")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8000, help="that stay in the vocabulary")
     parser.add_argument("--length", type=int, default=48)
@@ -66,6 +66,10 @@ def main() -> None:
         "setting": {key: Path(str(value)).name for key, value in vars(options).items() if key not in UNSAID},
         "models": {},
     }
+    seal = options.work / "setting.json"
+    if seal.is_file() and json.loads(seal.read_text()) != found["setting"]:
+        raise SystemExit(f"{options.work} holds models of another setting: {seal.read_text()}")
+    seal.write_text(json.dumps(found["setting"]))
     teacher = options.work / "teacher"
     trimmed = options.work / "trimmed"
     make(encoder(), teacher, teacher_steps(train, options), test, options)

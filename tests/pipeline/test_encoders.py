@@ -52,9 +52,9 @@ def recipe(files: Path, *steps: dict[str, Any], **keys: Any) -> dict[str, Any]:
 
 
 def printed(table: Any) -> str:
-    with Console(width=200, file=io.StringIO()) as console:
-        console.print(table)
-        return console.file.getvalue()
+    text = io.StringIO()
+    Console(width=200, file=text).print(table)
+    return text.getvalue()
 
 
 @pytest.fixture(scope="module")
