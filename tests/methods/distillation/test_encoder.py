@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from penjing.methods.distillation import mutual, self_distillation
 from penjing.methods.distillation.across_vocabularies import AcrossVocabularies
-from penjing.methods.distillation.encoder import EncoderDistillation, read
+from penjing.methods.distillation.encoder import EncoderDistillation, EncoderDistilOptions, read
 from penjing.methods.distillation.hidden_states import hidden_state_loss
 from penjing.methods.distillation.objective import Transfer
 from penjing.methods.distillation.soft_labels import soft_labels
@@ -170,3 +170,8 @@ def test_a_teacher_of_another_vocabulary_is_compared_where_both_read_the_same(ti
     matched = matching_tokens(own.get_vocab(), others.get_vocab())
     wanted = uld(student(ids).logits[0, :-1], teacher.eval()(spelled).logits[0, ends], matched).mean()
     assert torch.allclose(loss.value, wanted, rtol=1e-5)
+
+
+def test_options_of_encoders_hold_for_their_distillation():
+    options = EncoderDistilOptions(data="x")
+    assert (options.batch_size, options.micro_batch, options.weight_decay, options.alpha) == (32, 32, 0.01, 0.9)

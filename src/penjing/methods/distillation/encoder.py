@@ -37,7 +37,7 @@ from penjing.models.families import classes_of, classifies
 from penjing.models.layout import Layout
 
 
-class EncoderDistilOptions(DistilOptions, EncoderOptions):
+class EncoderDistilOptions(EncoderOptions, DistilOptions):
     """Recipe keys of distillation for encoders."""
 
     data: str = Field(description="records with `text`, and for the task `label`, to train on: JSONL or JSON")
