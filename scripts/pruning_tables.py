@@ -1,0 +1,114 @@
+"""Fill the tables of docs/guides/pruning-measured.md from benchmarks/results.
+
+python scripts/pruning_tables.py           write the tables
+python scripts/pruning_tables.py --check   fail when the page differs from what would be written
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "guides" / "pruning-measured.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.DOTALL)
+RECOVERED = ", recovered"
+
+
+def masks(found: dict[str, Any]) -> list[str]:
+    """Perplexity by mask (rows) and sparsity (columns)."""
+    runs, cells = found["runs"], {}
+    for name, run in runs.items():
+        split = re.fullmatch(r"(.+) (\d+ %)(.*)", name)
+        assert split is not None, name
+        cells[split[1] + split[3], split[2]] = f"{run['perplexity']:.2f}"
+    sizes = sorted({size for _, size in cells})
+    lines = _table(
+        ["perplexity", *sizes],
+        [
+            [method, *(cells.get((method, size), "") for size in sizes)]
+            for method in dict.fromkeys(row for row, _ in cells)
+        ],
+    )
+    dense = f"Dense: {found['dense_perplexity']:.2f}."
+    return [*lines, "", f"{dense} Calibration: {found['calibration']}. Evaluation: {found['evaluation']}."]
+
+
+def removed(found: dict[str, Any]) -> list[str]:
+    """Perplexity and KL after removal and after recovery."""
+    runs, rows = found["runs"], []
+    for name, cut in runs.items():
+        if name.endswith(RECOVERED):
+            continue
+        after = runs.get(name + RECOVERED)
+        pairs = [f"{run['perplexity']:.2f}, {run['kl']:.3f}" if run else "" for run in (cut, after)]
+        rows.append([name, f"{cut['parameters']:,}", *pairs])
+    head = ["what removes, of all parameters", "parameters left", "perplexity, KL", "after recovery"]
+    dense = f"Dense: {found['dense']['perplexity']:.2f}, {found['dense']['parameters']:,} parameters."
+    said = f"Calibration: {found['calibration']}. Recovery: {found['recovery']}. Evaluation: {found['evaluation']}."
+    return [*_table(head, rows), "", f"{dense} {said}"]
+
+
+def decode(found: dict[str, Any]) -> list[str]:
+    """Tokens per second of the cut models beside the dense one."""
+    rows = [
+        [name, f"{row['parameter_ratio']:.2f}", f"{row['speedup']:.2f}"] for name, row in sorted(found["cut"].items())
+    ]
+    head = ["model", "times fewer parameters", "times as fast"]
+    return [*_table(head, rows), "", f"{found['protocol']}; {found['software']['cpu']}.".capitalize()]
+
+
+def chain(found: dict[str, Any]) -> list[str]:
+    """One recipe, step after step."""
+    rows = [["dense", f"{found['dense']['perplexity']:.2f}", "", f"{found['dense']['bytes']:,}"]]
+    rows += [
+        [name, f"{run['perplexity']:.2f}", f"{run['kl']:.3f}", f"{run['bytes']:,}"]
+        for name, run in found["runs"].items()
+    ]
+    said = f"Calibration: {found['calibration']}. Recovery: {found['recovery']}. Evaluation: {found['evaluation']}."
+    return [*_table(["model", "perplexity", "KL", "bytes of weights"], rows), "", said]
+
+
+TABLES = {
+    "pruning": masks,
+    "pruning_stories": masks,
+    "structured": removed,
+    "structured_stories": removed,
+    "cut_decode": decode,
+    "chain": chain,
+    "chain_stories": chain,
+}
+"""File of benchmarks/results -> how it is shown."""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def filled(page: str) -> str:
+    """The page with every table made anew."""
+
+    def body(match: re.Match[str]) -> str:
+        name = match[1]
+        lines = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+        return "\n".join([f"<!-- table:{name} -->", *lines, "<!-- /table -->"])
+
+    return MARKED.sub(body, page)
+
+
+def main() -> None:
+    """Write, or check."""
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = filled(page)
+    if "--check" not in sys.argv:
+        PAGE.write_text(wanted, encoding="utf-8")
+    elif page != wanted:
+        sys.exit(f"{PAGE.name} does not show what benchmarks/results holds: run scripts/pruning_tables.py")
+
+
+if __name__ == "__main__":
+    main()
