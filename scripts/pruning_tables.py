@@ -17,6 +17,10 @@ PAGE = ROOT / "docs" / "guides" / "pruning-measured.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.DOTALL)
 RECOVERED = ", recovered"
+MODELS = {
+    "demo": "SmolLM2-135M",
+    "stories260K": "stories260K, a Llama of 260,032 parameters (karpathy/tinyllamas), on stories that it wrote itself",
+}
 
 
 def masks(found: dict[str, Any]) -> list[str]:
@@ -74,15 +78,12 @@ def chain(found: dict[str, Any]) -> list[str]:
 
 
 TABLES = {
-    "pruning": masks,
-    "pruning_stories": masks,
-    "structured": removed,
-    "structured_stories": removed,
-    "cut_decode": decode,
-    "chain": chain,
-    "chain_stories": chain,
+    "masks": (masks, ("pruning", "pruning_stories")),
+    "removed": (removed, ("structured", "structured_stories")),
+    "decode": (decode, ("cut_decode",)),
+    "chain": (chain, ("chain", "chain_stories")),
 }
-"""File of benchmarks/results -> how it is shown."""
+"""Mark in the page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -93,9 +94,13 @@ def filled(page: str) -> str:
     """The page with every table made anew."""
 
     def body(match: re.Match[str]) -> str:
-        name = match[1]
-        lines = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
-        return "\n".join([f"<!-- table:{name} -->", *lines, "<!-- /table -->"])
+        show, names = TABLES[match[1]]
+        lines: list[str] = []
+        for path in (RESULTS / f"{name}.json" for name in names):
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                lines += ["", f"**{MODELS.get(found.get('model'), MODELS['demo'])}**", "", *show(found)]
+        return "\n".join([f"<!-- table:{match[1]} -->", *lines, "", "<!-- /table -->"])
 
     return MARKED.sub(body, page)
 

@@ -117,6 +117,13 @@ def test_reference_pages_follow_the_code() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_tables_of_pruning_follow_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/pruning_tables.py", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_files_in_the_architecture_exist() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     tree = text.split("```")[1].splitlines()
