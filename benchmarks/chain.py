@@ -80,7 +80,7 @@ def make(name: str, options: argparse.Namespace) -> Path:
         if step["method"] == "recover":
             step |= {"steps": options.steps, "batch_size": options.batch, "micro_batch": options.batch}
             step |= {"data": options.calibration, "length": options.recovery_length}
-            step |= {"samples": options.steps * options.batch, "learning_rate": 1e-3}
+            step |= {"learning_rate": 1e-3}
     recipe |= {
         "steps": steps,
         "calibration": {"data": options.calibration, "samples": options.samples, "length": options.length},

@@ -133,7 +133,6 @@ def recovered(cut: Path, dense: Path, options: argparse.Namespace) -> Path:
         micro_batch=options.batch,
         learning_rate=options.learning_rate,
         data=options.calibration,
-        samples=options.steps * options.batch,
         length=options.recovery_length,
         save_every=options.steps,
     )
