@@ -112,6 +112,21 @@ def model_training(options: TrainOptions, recipe: Recipe, layout: Layout) -> tup
     return memory, 8.0 * seen * layout.parameters
 
 
+def there_and_back(recipe: Recipe, layout: Layout) -> tuple[dict[str, int], float]:
+    """What gradients by the weights of one block after another have in memory, in bytes, and their operations."""
+    tokens, length = recipe.calibration.samples * recipe.calibration.length, recipe.calibration.length
+    block = 4 * max(sum(module.parameters for module in layout.of_block(index)) for index in range(layout.blocks))
+    width = layout.embedding.shape[1]
+    widest = max(module.shape[0] for module in layout.modules if module.kind == "linear")
+    memory = {
+        "inputs of all blocks, in fp32": 4 * tokens * width * (layout.blocks + 2),
+        "a block, its gradients, their means": 6 * block,
+        "activations of a window": 4 * length * 16 * max(width, widest),
+        "logits of a window and their gradients": 4 * 4 * length * layout.embedding.shape[0],
+    }
+    return memory, 8.0 * tokens * layout.parameters
+
+
 def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]]]) -> float:
     """Floating-point operations of forward passes, Gram matrices and training; the rest is small beside them.
 

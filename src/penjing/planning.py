@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from penjing.checkpoint.base import Checkpoint
-from penjing.costs import compares, model_training, operations, peak_memory
+from penjing.costs import compares, model_training, operations, peak_memory, there_and_back
 from penjing.errors import MissingDependency, PlanError
 from penjing.formats import FORMATS, Format, format_of
 from penjing.formats.base import OneFile, WithGraph
@@ -198,10 +198,15 @@ def _refuse(reasons: Sequence[str], label: str, name: str) -> None:
 
 
 def _with_training(plan: Plan, step: Step) -> Plan:
-    """The plan of a walk with what the training after it needs."""
-    if not isinstance(step.options, TrainOptions):
+    """The plan of a walk with what the training, or the pass there and back, after it needs."""
+    remake = step.definition.remake
+    assert remake is not None
+    if isinstance(step.options, TrainOptions):
+        memory, work = model_training(step.options, plan.recipe, plan.layout)
+    elif remake.backward(step.options):
+        memory, work = there_and_back(plan.recipe, plan.layout)
+    else:
         return plan
-    memory, work = model_training(step.options, plan.recipe, plan.layout)
     larger = max(plan.memory, memory, key=lambda moment: sum(moment.values()))
     return replace(plan, memory=larger, seconds=plan.seconds + work / matmul_rate(compute_dtype()))
 

@@ -145,3 +145,11 @@ def test_what_cannot_be_is_refused_at_plan_time(step, message, tiny_model, short
 def test_bad_amounts(sparsity, tiny_model, short) -> None:
     with pytest.raises(RecipeError, match="sparsity"):
         api.plan(tiny_model("llama"), recipe(short, {"method": "taylor", "sparsity": sparsity}))
+
+
+def test_the_plan_knows_what_the_way_back_keeps(tiny_model, short) -> None:
+    key = "inputs of all blocks, in fp32"
+    for criterion, looks in (("fisher", True), ("magnitude", False)):
+        step = {"method": "taylor", "sparsity": 0.5, "criterion": criterion}
+        before = api.plan(tiny_model("llama", layers=3), recipe(short, step, format="dense")).walks[0]
+        assert before.memory.get(key, 0) == (4 * 4 * 32 * 64 * 5 if looks else 0)

@@ -300,6 +300,7 @@ class Remake:
     config       config.json of the model it makes, from the config and the layout of the one it is given; ValueError
                  if that model cannot be
     keeps_zeros  whether weights that an earlier step pruned are still zero in the model it makes
+    backward     whether it looks at gradients of the text's loss, block by block
     prunes       linears of that model, by full name, of which it makes weights zero itself, and how many
     sizes        every model it could make, the largest first, from the same arguments as `config`; None when its size
                  is no choice, or a number of blocks (see `penjing.methods.pruning.sizes`)
@@ -307,6 +308,7 @@ class Remake:
 
     config: Callable[[Mapping[str, Any], Layout, Any], Mapping[str, Any]]
     keeps_zeros: Callable[[Any], bool]
+    backward: Callable[[Any], bool] = lambda options: False
     prunes: Callable[[Layout, Any], Mapping[str, Scheme]] = lambda layout, options: {}
     sizes: Callable[[Mapping[str, Any], Layout, Any], Sequence[Size]] | None = None
 

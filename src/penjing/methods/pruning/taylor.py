@@ -111,5 +111,10 @@ def _zeros(layout: Layout, options: TaylorOptions) -> dict[str, Scheme]:
     return {module.name: scheme for module in pruned_linears(layout, options)}
 
 
-WEIGHT_PRUNING = WeightPruning(config=_config, keeps_zeros=lambda options: True, prunes=_zeros)
+WEIGHT_PRUNING = WeightPruning(
+    config=_config,
+    keeps_zeros=lambda options: True,
+    backward=lambda options: options.criterion != "magnitude",
+    prunes=_zeros,
+)
 """The row of the method."""
