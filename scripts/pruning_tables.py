@@ -53,7 +53,8 @@ def removed(found: dict[str, Any]) -> list[str]:
         rows.append([name, f"{cut['parameters']:,}", *pairs])
     head = ["what removes, of all parameters", "parameters left", "perplexity, KL", "after recovery"]
     dense = f"Dense: {found['dense']['perplexity']:.2f}, {found['dense']['parameters']:,} parameters."
-    said = f"Calibration: {found['calibration']}. Recovery: {found['recovery']}. Evaluation: {found['evaluation']}."
+    trained = f" Recovery: {found['recovery']}." if "recovery" in found else ""
+    said = f"Calibration: {found['calibration']}.{trained} Evaluation: {found['evaluation']}."
     return [*_table(head, rows), "", f"{dense} {said}"]
 
 
