@@ -6,10 +6,11 @@ arguments: GPTQ's group scales miss the updates of the block in progress, so its
 unstructured SparseGPT removes one weight more per block than the fraction says.
 """
 
-import numpy
 import pytest
 import torch
 
+from golden_problem import golden_problem
+from golden_problem import sampled as entries
 from penjing.methods.pruning.sparsegpt import sparsegpt
 from penjing.methods.pruning.wanda import wanda
 from penjing.methods.quantization.gptq import gptq
@@ -19,27 +20,19 @@ from penjing.numerics.bilevel import BilevelGrid
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Patched
 
-SAMPLED = ((0, 0), (5, 7), (40, 100), (95, 255), (60, 130))
-"""Entries whose values are stored, beside the output loss ||(W - Q) X||^2 and the sum of magnitudes."""
-
 
 @pytest.fixture(scope="module")
 def problem():
-    """A weight (96, 256) and correlated inputs (1024, 256), one ten times larger; numpy's legacy stream is frozen."""
-    random = numpy.random.RandomState(0)
-    weight = (random.standard_normal((96, 256)) * 0.05).astype(numpy.float32)
-    inputs = random.standard_normal((1024, 256))
-    inputs = inputs @ (numpy.eye(256) + 0.15 * random.standard_normal((256, 256)))
-    inputs[:, 1] *= 10
-    return torch.from_numpy(weight), torch.from_numpy(inputs.astype(numpy.float32))
+    return golden_problem()
 
 
 def check(result, problem, loss, magnitude, sampled):
+    """The output loss ||(W - Q) X||^2, the sum of magnitudes and some entries."""
     weight, inputs = problem
     found = float(((weight - result) @ inputs.T).double().square().sum())
     assert found == pytest.approx(loss, rel=1e-4)
     assert float(result.double().abs().sum()) == pytest.approx(magnitude, rel=1e-5)
-    assert [float(result[place]) for place in SAMPLED] == pytest.approx(sampled, abs=1e-6)
+    assert entries(result) == pytest.approx(sampled, abs=1e-6)
 
 
 GPTQ = [
