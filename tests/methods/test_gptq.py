@@ -241,3 +241,13 @@ def test_input_tensors_are_left_alone():
     copies = weight.clone(), gram.clone()
     gptq(weight, gram, grid_of())
     assert torch.equal(weight, copies[0]) and torch.equal(gram, copies[1])
+
+
+def test_removed_weights_stay_zero_where_zero_is_no_point_of_the_grid():
+    weight, gram = problem()
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.1
+    grid = IntegerGrid(3, 16, False, scale_dtype=torch.float32, zero="float")
+    result = gptq(weight, gram, grid, kept=kept, scale_search="weights").dense()
+    assert not result[~kept].any()
+    nearest = rtn(weight, grid, kept=kept, metric=torch.ones(COLUMNS)).dense()
+    assert naive.loss(weight, result, gram) < 0.8 * naive.loss(weight, nearest, gram)

@@ -1,14 +1,19 @@
 """Round to nearest: every grid against the number-by-number reference, masks, ugly weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 import naive
 from penjing.methods import METHODS
 from penjing.methods.base import LinearInput
+from penjing.methods.quantization.hqq import HQQOptions, hqq
 from penjing.methods.quantization.rtn import rtn
+from penjing.methods.typed_grid import SearchedGridOptions
 from penjing.numerics.grids import IntegerGrid
-from penjing.representations import Masked, Quantized
+from penjing.representations import Masked, Quantized, Scheme
 
 
 def test_worked_example():
@@ -63,3 +68,27 @@ def test_stacked_rows_equal_separate_linears_exactly_when_declared_so():
 def test_ugly_weights_decode_to_finite_values(weight):
     for symmetric in (True, False):
         assert torch.isfinite(rtn(weight, IntegerGrid(4, 4, symmetric)).dense()).all()
+
+
+def test_zero_points_of_any_value_lose_least_when_searched():
+    """By the mean squares of the inputs: less than whole zero points, and less than HQQ's on the same metric."""
+    weight, inputs = naive.random_weight(24, 96), naive.correlated(256, 96)
+    importance = inputs.square().sum(0)
+
+    def lost(result):
+        return float(((result.dense() - weight).square() * importance).sum())
+
+    whole = IntegerGrid(2, 32, False, scale_dtype=torch.float32)
+    free = replace(whole, zero="float")
+    fitted = hqq(weight, HQQOptions(bits=2, group_size=32), importance=importance, storage_dtype=torch.float32)
+    found = lost(rtn(weight, free, metric=importance))
+    assert found < 0.97 * lost(rtn(weight, whole, metric=importance))
+    assert found < 0.8 * lost(fitted)
+
+
+def test_zero_points_of_any_value_belong_to_asymmetric_integers():
+    for keys in ({}, {"type": "nf4"}):
+        with pytest.raises(ValidationError, match="goes with `symmetric: false` and type int"):
+            SearchedGridOptions(zero="float", **keys)
+    options = SearchedGridOptions(symmetric=False, zero="float")
+    assert options.scheme(Scheme(), torch.bfloat16).grid.label == "g128 asymmetric, float zero"

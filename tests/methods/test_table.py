@@ -25,6 +25,8 @@ CASES = [
     ("rtn", {"bits": 3, "group_size": "tensor", "scale_search": "gram", "symmetric": False}),
     ("gptq", {"group_size": 16, "scale_search": "diagonal", "asymmetric": True}),
     ("gptq", {"group_size": 20, "scale_search": "gram", "order": "group-activation", "static_groups": False}),
+    ("rtn", {"bits": 3, "group_size": 20, "symmetric": False, "zero": "float"}),
+    ("gptq", {"group_size": 16, "symmetric": False, "zero": "float", "scale_search": "diagonal"}),
     ("hqq", {"bits": 3, "group_size": 20}),
     ("hqq", {"group_size": "channel", "weighted": True}),
     ("awq", {"group_size": 16}),

@@ -202,6 +202,21 @@ class SearchedGridOptions(TypedGridOptions):
         "the weights, as they are, weighed by the mean squares of the inputs (diagonal) or by their Gram matrix; a "
         "scale may become negative",
     )
+    zero: Literal["integer", "float"] = Field(
+        "integer",
+        description="asymmetric grids of type int: zero points are whole numbers, stored like codes, or any numbers, "
+        "stored like scales (native format)",
+    )
+
+    @model_validator(mode="after")
+    def _check_zero(self) -> Self:
+        if self.zero == "float" and (self.symmetric or self.type != "int"):
+            raise ValueError("`zero: float` is about zero points; it goes with `symmetric: false` and type int")
+        return self
+
+    def grid(self, scale_dtype: torch.dtype) -> ScaledGrid:
+        grid = super().grid(scale_dtype)
+        return replace(grid, zero="float") if self.zero == "float" and isinstance(grid, IntegerGrid) else grid
 
     @model_validator(mode="after")
     def _check_search(self) -> Self:

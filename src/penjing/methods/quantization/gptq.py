@@ -112,7 +112,7 @@ def gptq(
     see `metric_of_sweep`.
 
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
-    that were never active get zero weights. With order `activation` and groups fitted during the sweep, the result
+    that were never active count as zero weights. With order `activation` and groups fitted during the sweep, the result
     has a `group_index`. Warns with `DampingWarning` when the Gram matrix needs more damping than asked for.
     """
     rows, columns = weight.shape
@@ -145,7 +145,8 @@ def gptq(
             column = column * mask[position]
         code = grid.encode(column, scale[group], zero[group])
         codes[places[position]] = code
-        return grid.decode(code, scale[group], zero[group])
+        values = grid.decode(code, scale[group], zero[group])
+        return values if mask is None else values * mask[position]
 
     sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
     index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
