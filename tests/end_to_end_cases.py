@@ -146,6 +146,7 @@ ONLY_NATIVE: dict[str, Case] = {
     "spqr, experts": Case((step("spqr", order="group-activation"),), "native", "mixtral"),
     "spqr, dense": Case((step("spqr"),), "dense"),
     "hqq": Case((four("hqq"),), "native"),
+    "gptq float zero": Case((four("gptq", symmetric=False, zero="float", scale_search="diagonal"),), "native"),
     "hqq weighted": Case((step("wanda", sparsity=0.3), four("hqq", bits=3, group_size=40, weighted=True)), "native"),
     "smoothquant, hqq": Case((step("smoothquant"), four("hqq", weighted=True)), "native", "gemma2"),
     "bcq": Case((step("bcq", group_size=32),), "native"),
@@ -301,6 +302,28 @@ _IN_FAMILY = {
     "rotated heads, gptq": (step("rotation", residual=False), four("gptq")),
 }
 
+_BY_BLOCK: tuple[tuple[Step, ...], ...] = (
+    (four("hqq", weighted=True),),
+    (four("owq", columns=2),),
+    (step("spqr", order="group-activation"),),
+    (four("zeroquant", iterations=2, batch_size=2),),
+    (step("bcq", group_size=32),),
+    (step("llm-int8", threshold=2.0),),
+    (four("gptq", symmetric=False, zero="float"), step("e2e-qp", iterations=2, batch_size=2)),
+    (step("xnor", group_size=32),),
+    (step("onebit"),),
+    (step("ternary", group_size=32), four("rtn", targets=["lm_head"])),
+)
+"""Methods that no other case of every family has, each on a block of its own: one run instead of ten."""
+
+
+def _by_block(family: str) -> Case:
+    blocks = "h" if family == "gpt2" else "layers"
+    steps = tuple(
+        {"targets": [f"*{blocks}.{number}.*"]} | one for number, steps in enumerate(_BY_BLOCK) for one in steps
+    )
+    return Case(steps, "native", family, {"layers": len(_BY_BLOCK)})
+
 
 def _families() -> dict[str, Case]:
     cases = {}
@@ -310,6 +333,7 @@ def _families() -> dict[str, Case]:
             if experts and "W8A8" in name:
                 steps = (step("smoothquant"), four("rtn"))
             cases[f"{family}, {name}, native"] = Case(steps, "native", family)
+        cases[f"{family}, a method per block"] = _by_block(family)
         if family != "gpt2":
             cases[f"{family}, gptq, compressed-tensors"] = Case((four("gptq"),), "compressed-tensors", family)
         cases[f"{family}, magnitude, dense"] = Case((step("magnitude", sparsity=0.5),), "dense", family)
