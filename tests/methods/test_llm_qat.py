@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from penjing.errors import PlanError
-from penjing.methods.quantization.llm_qat import LLMQATOptions, config_of, matrices, round_cache, train
+from penjing.methods.quantization.llm_qat import LLMQATOptions, config_of, matrices, train
+from penjing.methods.quantization.rounded_activations import round_cache
 from penjing.methods.quantization.rtn import rtn
 from penjing.methods.training import TrainTask
 from penjing.numerics.grids import IntegerGrid

@@ -21,6 +21,9 @@ from penjing.models.reading import draw, end_tokens, write
 GREEDY = (3, 4, 5)
 """How many tokens after the first may be the likeliest ones; drawn per window."""
 
+TOGETHER = 16
+"""Windows of a pool that are written at once: one reading of the weights serves a token of each."""
+
 
 def self_written(model: Any, windows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Tokens (windows, length) and labels with `IGNORED` after the end of a text that came early."""
@@ -47,7 +50,9 @@ def self_written(model: Any, windows: int, length: int, seed: int) -> tuple[Tens
 
 
 class SelfWritten(nn.Module):
-    """An objective on windows of a pool that `writer` fills, each when it is first drawn, in place of those given.
+    """An objective on windows of a pool that `writer` fills, instead of on those given.
+
+    A window is written when it is first drawn, together with its neighbours.
 
     Which are drawn, and what is written, depend on the seeds alone: an interrupted run goes on with the same.
     """
@@ -71,6 +76,9 @@ class SelfWritten(nn.Module):
 
     def _window(self, number: int, length: int) -> tuple[Tensor, Tensor]:
         if (number, length) not in self._known:
-            tokens, labels = self_written(self._writer[0], 1, length, self._seed * 1_000_003 + number)
-            self._known[number, length] = tokens[0].cpu(), labels[0].cpu()
+            first = number - number % TOGETHER
+            count = min(TOGETHER, self._pool - first)
+            tokens, labels = self_written(self._writer[0], count, length, self._seed * 1_000_003 + first)
+            for at, pair in enumerate(zip(tokens.cpu(), labels.cpu(), strict=True), first):
+                self._known[at, length] = pair
         return self._known[number, length]

@@ -20,7 +20,7 @@ ranges, Esser et al. 2020 (arXiv:1902.08153).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,19 +28,14 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from penjing.errors import PlanError
 from penjing.methods.adaptation.recover import hold_zeros
 from penjing.methods.base import GroupSize
 from penjing.methods.distillation.objective import Distillation
 from penjing.methods.distillation.self_written import SelfWritten
+from penjing.methods.quantization.rounded_activations import Matrix, round_cache, round_linear_inputs
 from penjing.methods.training import Training, TrainOptions, TrainTask
-from penjing.models.attention import watch_attention
 from penjing.models.layout import Layout
-from penjing.numerics.activations import Activations, round_inputs
 from penjing.numerics.fake_quantisation import first_reach, largest, learnt, rounded_to_range, snapped, stored
-
-Matrix = tuple[nn.Module, str]
-"""A module and the name of its weight."""
 
 
 class LLMQATOptions(TrainOptions):
@@ -123,38 +118,6 @@ def round_weights(weights: Iterable[Matrix], options: LLMQATOptions, dtype: torc
             weight, options.bits, width, dtype, ranges=options.learnt_ranges, axis=0 if transposed else -1
         )
         parametrize.register_parametrization(module, name, rounding)
-
-
-def round_linear_inputs(weights: Iterable[Matrix], bits: int) -> list[Callable[[], None]]:
-    """Let linears see their inputs rounded, per token, with straight-through gradients; returns what ends it.
-
-    Raises PlanError for stacks of experts, whose inputs cannot be seen from outside.
-    """
-    how = Activations(bits)
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = args[0]
-        return (inputs + (round_inputs(inputs.detach(), how) - inputs.detach()), *args[1:])
-
-    ends = []
-    for module, name in weights:
-        if module.get_parameter(name).ndim > 2:
-            raise PlanError(f"inputs of {type(module).__name__}, a stack of experts, cannot be rounded in training")
-        ends.append(module.register_forward_pre_hook(before).remove)
-    return ends
-
-
-def round_cache(model: nn.Module, bits: int) -> Callable[[], None]:
-    """Let attention see keys and values (B, H, T, d) rounded, one range per token; returns what ends it."""
-
-    def per_token(states: Tensor) -> Tensor:
-        joined = states.transpose(1, 2).flatten(2)
-        return rounded_to_range(joined, bits, joined.dtype).unflatten(2, (states.shape[1], -1)).transpose(1, 2)
-
-    def watch(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        return query, per_token(key), per_token(value)
-
-    return watch_attention(model, watch)
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
