@@ -223,6 +223,9 @@ TRAINED: dict[str, Case] = {
     "taylor 2:4": Case((step("taylor", pattern="2:4", criterion="taylor", protect_first=1),), "native", "gpt2"),
     "lottery ticket": Case((step("lottery-ticket", steps=2, levels=2, rewind=1),), "native", "gpt2"),
     "gptq, peqa": Case((four("gptq"), step("peqa", iterations=2, batch_size=2)), "native"),
+    "lora on NF4, gptq": Case(
+        (step("lora", base="nf4", start="loftq", rank=4, **BRIEF), four("gptq")), "native", "gpt2"
+    ),
     "shortgpt, recover, gptq": Case((step("shortgpt", drop=1), RECOVER | {"what": "full"}, four("gptq"))),
     "distil, gkd, gptq": Case(
         (step("distil", student={"layers": 1}, **BRIEF), step("gkd", new_tokens=4, **BRIEF), four("gptq")),

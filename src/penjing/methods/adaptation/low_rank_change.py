@@ -9,6 +9,7 @@ Worked example. W = [[1, 0]], kept [[1, 0]], B = [[2]], A = [[3, 5]], s = 1/2: W
 
 Source: Hu et al. 2021, "LoRA" (arXiv:2106.09685), section 4.1; Kalajdzievski 2023, rsLoRA (arXiv:2312.03732). The mask
 inside the change as in Lu et al. 2024, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning" (arXiv:2405.16057).
+Magnitudes: Liu et al. 2024, DoRA (arXiv:2402.09353), equation 5.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class LowRankChange(nn.Module):
         self.register_buffer("kept", kept, persistent=False)
         self.hook: RemovableHandle | None = None
 
+    @property
+    def beside(self) -> bool:
+        """Whether the change can be a branch beside a linear: it adds to the outputs, whatever the matrix is."""
+        return self.kept is None
+
     def change(self) -> Tensor:
         """s (B A) * M, of the matrix's shape, in fp32."""
         change = self.up @ self.down * self.scale
@@ -53,6 +59,35 @@ class LowRankChange(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The matrix with its change, in its own dtype."""
         return weight + self.change().to(weight.dtype)
+
+
+class Directed(LowRankChange):
+    """DoRA: the changed matrix gives the direction of each row, and a trained magnitude (N,) its length.
+
+    axis  of the inputs in the matrix
+    """
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, kept: Tensor | None = None, axis: int = -1) -> None:
+        super().__init__(weight, rank, scale, kept)
+        self.axis = axis
+        self.magnitude = nn.Parameter(weight.new_empty(0, dtype=torch.float32))
+        self.measure(weight)
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> None:
+        """Let the magnitudes be the lengths of the rows of the changed matrix, so that nothing changes."""
+        self.magnitude.data = (weight.float() + self.change()).norm(dim=self.axis, keepdim=True)
+
+    @property
+    def beside(self) -> bool:
+        """It cannot: the length of a row depends on the matrix."""
+        return False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The matrix with its change, in its own dtype. The norm is a constant for the gradient (section 4.3)."""
+        changed = weight.float() + self.change()
+        norm = changed.detach().norm(dim=self.axis, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (changed * (self.magnitude / norm)).to(weight.dtype)
 
 
 def scale_of(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
@@ -77,10 +112,10 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def attach(module: nn.Module, name: str, change: LowRankChange) -> None:
     """Let `module` compute with its parameter `name` plus `change`; the parameter itself is not trained.
 
-    A linear without a mask multiplies its inputs by A and by B, which never asks for the gradient of a whole matrix.
-    Everything else adds the two matrices first.
+    A linear without a mask, of values or of codes, multiplies its inputs by A and by B, which never asks for the
+    gradient of a whole matrix. Everything else adds the two matrices first.
     """
-    if isinstance(module, nn.Linear) and name == "weight" and change.kept is None:
+    if change.beside and name == "weight" and (isinstance(module, nn.Linear) or name not in module._parameters):
         module.add_module(_BRANCH, change)
         change.hook = module.register_forward_hook(_add_branch)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penjing.methods.adaptation import classify, peqa, recover
+from penjing.methods.adaptation import classify, peqa, recover, task_lora
 from penjing.methods.base import Method
 from penjing.methods.training import Trained
 
@@ -29,5 +29,12 @@ TABLE: tuple[Method, ...] = (
         options=classify.ClassifyOptions,
         reads="encoder",
         remake=Trained(start=classify.train, config=lambda config, layout, options: options.config(config, layout)),
+    ),
+    Method(
+        name="lora",
+        summary="teach a model a text or pairs by LoRA, rsLoRA or DoRA, on dense or NF4 weights (QLoRA), then merge",
+        paper="arXiv:2106.09685",
+        options=task_lora.LoRAOptions,
+        remake=Trained(start=task_lora.train),
     ),
 )
