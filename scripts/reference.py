@@ -60,7 +60,7 @@ def recipe_page() -> str:
 def cli_page() -> str:
     """Every verb with its arguments and options."""
     lines = ["Every verb takes `--json`: the result alone on standard output, all else on standard error."]
-    for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, verb in _verbs(typer.main.get_command(app)):
         lines += [
             "",
             f"## penjing {name}",
@@ -94,6 +94,15 @@ def cli_page() -> str:
         "| 130 | interrupted; the same `compress` command resumes |",
     ]
     return _page("Command line", [*lines, *codes])
+
+
+def _verbs(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """(words, verb) of every verb, those of a group with its name before them."""
+    for name, verb in group.commands.items():
+        if hasattr(verb, "commands"):
+            yield from _verbs(verb, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", verb
 
 
 def _page(title: str, lines: list[str]) -> str:

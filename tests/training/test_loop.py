@@ -105,6 +105,17 @@ def test_a_step_does_not_depend_on_how_it_is_split(model, tmp_path, micro_batch)
     assert json.loads((tmp_path / "split" / "train.jsonl").read_text().split("\n")[0])["count"] == 20
 
 
+def test_moments_in_8_bits(model, tmp_path, monkeypatch):
+    """They train like those of 32; moments that page need a GPU and say so."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted, _ = run(model, tmp_path / "32", OPTIONS)
+    curve, _ = run(model, tmp_path / "8", OPTIONS.model_copy(update={"optimizer": "adamw-8bit"}))
+    assert curve.losses == pytest.approx(wanted.losses, rel=0.05) and curve.losses[-1] < curve.losses[0]
+    with pytest.raises(TrainingError, match="no CUDA device"):
+        run(model, tmp_path / "paged", OPTIONS.model_copy(update={"optimizer": "paged-adamw-8bit"}))
+
+
 def test_it_is_the_loop_one_would_write(model, tmp_path):
     """AdamW, the schedule and clipping against a bare loop in PyTorch."""
     options = OPTIONS.model_copy(update={"micro_batch": 4, "weight_decay": 0.1, "clip": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from penjing import cli
 from penjing.errors import CheckpointError
 from penjing.training.task_scales import apply_task, save_task
 from runs import compress, recipe, texts
@@ -44,6 +46,20 @@ def test_a_task_is_scales_alone(family, tiny_model, tmp_path):
     for task, expected in (("task", after), ("back", before)):
         apply_task(base, tmp_path / f"{task}.safetensors")
         assert all(torch.equal(value, expected[name]) for name, value in tensors(base).items())
+
+
+def test_verbs(tmp_path, capsys):
+    for name, factor in (("base", 1.0), ("taught", 2.0)):
+        (tmp_path / name).mkdir()
+        values = {"a.weight_codes": torch.arange(4), "a.weight_scale": factor * torch.ones(2)}
+        save_file(values, tmp_path / name / "model.safetensors")
+    base, taught, file = (str(tmp_path / name) for name in ("base", "taught", "task.safetensors"))
+    assert cli.main(["task", "save", base, taught, "-o", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 8
+    assert cli.main(["task", "apply", base, file]) == 0
+    expected = tensors(tmp_path / "taught")
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "base").items())
+    assert cli.main(["task", "save", base, str(tmp_path / "none"), "-o", file]) == 2
 
 
 def test_what_is_no_task(tiny_model, tmp_path):

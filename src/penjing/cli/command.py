@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from penjing import __version__
-from penjing.cli import compressing, measuring, running, talking
+from penjing.cli import adapting, compressing, measuring, running, talking
 from penjing.cli.output import complain
 from penjing.errors import PenjingError
 
@@ -59,6 +59,8 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
+app.add_typer(adapting.adapter, name="adapter")
+app.add_typer(adapting.task, name="task")
 
 
 def main(args: Sequence[str] | None = None) -> int:

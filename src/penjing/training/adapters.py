@@ -6,16 +6,16 @@ adapter on all its linears); it is never written again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from penjing.checkpoint import open_checkpoint
-from penjing.errors import CheckpointError, FormatError, MissingDependency
+from penjing.errors import CheckpointError, FormatError, MissingDependency, RecipeError
 from penjing.evaluation.windows import load_tokenizer
 from penjing.methods.adaptation.lora import Adapter, merge
 from penjing.methods.adaptation.residual import residual_change
@@ -24,6 +24,7 @@ from penjing.models.build import quiet
 from penjing.representations import Dense, Masked
 from penjing.training.log import Curve
 from penjing.training.loop import Progress, train
+from penjing.training.models import load_model
 from penjing.training.peft_files import read_adapter
 from penjing.training.stage import read_batches
 
@@ -44,12 +45,30 @@ class AdapterOptions(TrainOptions):
     learning_rate: float = Field(2e-4, gt=0, description="at its highest")
 
 
+KINDS: Mapping[str, Mapping[str, bool]] = {
+    "lora": {},
+    "rslora": {"rank_stabilised": True},
+    "dora": {"magnitudes": True},
+}
+
+
+def adapter_options(kind: str, **keys: Any) -> AdapterOptions:
+    """Options of an adapter of a kind (a key of KINDS). Raises RecipeError naming what is not known or out of range."""
+    if kind not in KINDS:
+        raise RecipeError(f"{kind} is no kind of adapter; there are {', '.join(KINDS)}")
+    try:
+        return AdapterOptions(**KINDS[kind], **keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
 def train_adapter(
-    model: Path,
+    model: str | Path,
     output: Path,
     options: AdapterOptions,
     *,
-    dense: Path | None = None,
+    dense: str | Path | None = None,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> Curve:
     """Train an adapter on every linear of `model` but the head and write it to `output` in PEFT's format.
@@ -76,7 +95,7 @@ def train_adapter(
         if dense is None:
             raise CheckpointError("`start: residual` compares with the dense model; say where it is")
         start_from_residual(wrapped, open_checkpoint(dense).load)
-    batches, seen = read_batches(options, load_tokenizer(model))
+    batches, seen = read_batches(options, load_tokenizer(open_checkpoint(model).files()))
     marks = {"model": open_checkpoint(model).fingerprint(), "data": seen}
     work = output / ".training"
     training = Training(wrapped, NextToken())
@@ -85,12 +104,22 @@ def train_adapter(
     return curve
 
 
-def load_base(model: Path) -> Any:
-    """A model as transformers loads it, codes and all; without gradients."""
+def load_base(model: str | Path) -> Any:
+    """A model to put adapters on, in evaluation mode and without gradients.
+
+    Plain tensors, of any checkpoint that Penjing reads, are held in fp32; a model of codes as transformers loads it,
+    what is not coded in fp32. Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(model)
+    if "quantization_config" not in checkpoint.config:
+        plain = load_model(checkpoint)
+        plain.name_or_path = str(checkpoint.path)  # PEFT notes it beside the adapter
+        return plain
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(model).eval().requires_grad_(False)
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    return loaded.eval().requires_grad_(False)
 
 
 def start_from_residual(model: nn.Module, load: Callable[[str], Tensor]) -> None:
@@ -142,6 +171,14 @@ class Adapters:
                     f"{module} holds codes: an adapter cannot be merged into it; use PEFT to put it beside"
                 )
         self._known[name] = adapters
+
+    def linears(self, name: str) -> list[str]:
+        """The modules that an adapter changes."""
+        return list(self._known[name])
+
+    def pruned(self, name: str) -> list[str]:
+        """Those of them whose weights hold zeros, which stay zero whatever is merged."""
+        return [module for module in self._known[name] if bool((self._weight(module) == 0).any())]
 
     @torch.no_grad()
     def use(self, *names: str) -> None:

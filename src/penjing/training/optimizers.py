@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from penjing.errors import MissingDependency
+from penjing.errors import MissingDependency, TrainingError
 from penjing.methods.training import TrainOptions
 
 
@@ -26,7 +26,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser of named parameters. Each group has `factor`, its share of the learning rate.
 
-    Weight decay touches matrices only. Raises MissingDependency for 8-bit moments without bitsandbytes.
+    Weight decay touches matrices only. Raises MissingDependency for 8-bit moments without bitsandbytes, TrainingError
+    for paged ones without CUDA.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -45,6 +46,11 @@ def make_optimizer(
             f"optimizer {options.optimizer} needs bitsandbytes: pip install 'penjing[bitsandbytes]'"
         ) from error
     paged = options.optimizer.startswith("paged")
+    if paged and not torch.cuda.is_available():
+        raise TrainingError(
+            "paged-adamw-8bit moves moments between the memory of a GPU and the machine's, and there is no CUDA device "
+            "here; use adamw-8bit or adamw"
+        )
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return kind(listed, lr=options.learning_rate, betas=(0.9, 0.95))
 
