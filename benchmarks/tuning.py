@@ -121,7 +121,7 @@ def _prepare(options: argparse.Namespace, name: str) -> None:
     checkpoint = open_checkpoint(options.model)
     dense = options.work / "dense"
     if not dense.is_dir():
-        save_model(load_model(checkpoint), checkpoint, dense, torch.bfloat16)
+        save_model(load_model(checkpoint), checkpoint, dense, torch.float32)
     if name != "dense" and not (options.work / name / "report.json").is_file():
         api.compress(dense, BASES[name](options), options.work / name, evaluated=False)
 

@@ -119,6 +119,9 @@ def load_base(model: str | Path) -> Any:
 
     with quiet():
         loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    for value in loaded.parameters():
+        if value.is_floating_point():  # some loaders of codes keep what is beside them in the checkpoint's dtype
+            value.data = value.data.float()
     return loaded.eval().requires_grad_(False)
 
 
