@@ -29,6 +29,9 @@ class SharedLinears:
             scale = torch.empty(_outputs(linear), dtype=like.dtype, device=like.device)
             holder.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False) if entry["scaled"] else None)
             holder.register_parameter("bias", linear.bias)
+            holder.__dict__["weight"] = torch.empty(
+                0
+            )  # for code that initialises a linear by its name, as GPT-2's does
             model.set_submodule(name, holder)
 
     def finish(self, model: nn.Module) -> None:
