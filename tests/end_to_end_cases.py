@@ -317,7 +317,7 @@ _BY_BLOCK: tuple[tuple[Step, ...], ...] = (
     (step("onebit"),),
     (step("ternary", group_size=32), four("rtn", targets=["lm_head"])),
 )
-"""Methods that no other case of every family has, each on a block of its own: one run instead of ten."""
+"""Methods that few other cases have, each on a block of its own: one run instead of ten."""
 
 
 def _by_block(family: str) -> Case:
@@ -336,10 +336,11 @@ def _families() -> dict[str, Case]:
             if experts and "W8A8" in name:
                 steps = (step("smoothquant"), four("rtn"))
             cases[f"{family}, {name}, native"] = Case(steps, "native", family)
-        cases[f"{family}, a method per block"] = _by_block(family)
         if family != "gpt2":
             cases[f"{family}, gptq, compressed-tensors"] = Case((four("gptq"),), "compressed-tensors", family)
         cases[f"{family}, magnitude, dense"] = Case((step("magnitude", sparsity=0.5),), "dense", family)
+    for family in ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2"):
+        cases[f"{family}, a method per block"] = _by_block(family)
     cases["inferred, gptq, compressed-tensors"] = Case((four("gptq"),), model=UNLISTED)
     cases["inferred, shortgpt, native"] = Case((step("shortgpt", drop=1), four("rtn")), "native", model=UNLISTED)
     cases["gemma3, shortgpt, dense"] = Case((step("shortgpt", drop=1),), "dense", "gemma3", {"layers": 3})
