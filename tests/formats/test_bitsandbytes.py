@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import runs
 from format_cases import FLOATS, compress, grid, random_weight, spec
 from penjing.errors import FormatError, MissingDependency
 from penjing.formats import FORMATS, format_of
@@ -123,3 +124,13 @@ def test_the_library_is_asked_for_by_name(monkeypatch):
         TARGET.problems(MODULE, NF4)
     monkeypatch.undo()
     _require_library.cache_clear()
+
+
+def test_a_bf16_model_answers_in_transformers_as_in_memory(tiny_model, tmp_path):
+    """Beside 4-bit codes transformers keeps stored parameters in bf16, whatever dtype it is asked for."""
+    model = tiny_model("llama", dtype="bfloat16", hidden_size=64, inner=128)
+    wanted = runs.recipe(
+        runs.texts(tmp_path), {"method": "rtn", "type": "nf4", "group_size": 64}, format="bitsandbytes"
+    )
+    report = runs.compress(model, wanted, tmp_path / "out", engine=True, evaluated=False)
+    assert report.verification["how"] == "transformers" and report.verification["difference"] < 1e-5

@@ -30,6 +30,9 @@ def main(directory: str, probe: str, output: str, code: str, head: str, *modules
     model, info = kinds[head].from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=code == "own-code"
     )
+    for parameter in model.parameters():  # beside bitsandbytes' codes, transformers leaves what was stored in bf16
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
     tokens = load_file(probe)["tokens"]
     with torch.no_grad():
         if head == "next-token":
