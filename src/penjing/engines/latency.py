@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,9 @@ def step_times(
 def remembered(words: Any, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """What `make` measures on this machine, from the table if it is there; `words`, for JSON, say what it is."""
     path = cache_directory() / "latency.json"
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # no table yet, or a damaged one: what it held is measured again
+        table = json.loads(path.read_text(encoding="utf-8"))
     machine = _machine()
     key = hashlib.sha256(json.dumps([machine, words], sort_keys=True, default=str).encode()).hexdigest()[:20]
     if key not in table:
