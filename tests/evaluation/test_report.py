@@ -35,7 +35,7 @@ def test_keys_are_stable(report):
     assert set(json.loads(report.to_json())) == {
         "recipe", "format", "source", "modules", "predicted_bytes", "bytes", "software", "calibration", "sample",
         "quality", "protocol", "block_errors", "skipped", "peak_memory", "seconds", "verification", "schema",
-        "bits_per_weight", "kv_cache", "made",
+        "bits_per_weight", "kv_cache", "made", "classification",
     }  # fmt: skip
     assert json.loads(report.to_json())["schema"] == 1
 

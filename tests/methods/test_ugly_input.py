@@ -56,6 +56,7 @@ LINEAR: list[tuple[str, dict[str, Any]]] = [
     ("nmf", {"rank": 4, "rounds": 3}),
     ("lqer", BITS | {"rank": 3}),
     ("tensor-train", {"rank": 2}),
+    ("tensor-train-matrix", {"ratio": 0.5}),
     ("kmeans", {"group_size": 16, "compensate": True}),
     ("aqlm", {"book_bits": 3, "dimension": 4, "rounds": 1}),
 ]

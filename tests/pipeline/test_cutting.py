@@ -240,8 +240,8 @@ def test_what_cannot_be_is_refused_at_plan_time(family, step, message, tiny_mode
     [
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": -0.1}, "greater than or equal to 0"),
-        ({}, "give one of `sparsity`"),
-        ({"sparsity": 0.5, "params": "1M"}, "give one of `sparsity`"),
+        ({}, "give exactly one of `sparsity`"),
+        ({"sparsity": 0.5, "params": "1M"}, "give exactly one of `sparsity`"),
         ({"params": "many"}, "is not a number of parameters"),
     ],
 )
