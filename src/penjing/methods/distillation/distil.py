@@ -109,12 +109,7 @@ def train(task: TrainTask, options: DistilOptions) -> Training:
     same_vocabulary(model, teacher)
     objective = Distillation(teacher, options.token_loss(), options.alpha, options.transfer)
     objective.fit(model, options.seed)
-    first = round(options.transfer_first * options.steps)
-
-    def after_step(done: int) -> None:
-        objective.labels_count = done >= first
-
-    after_step(0)
+    after_step = objective.labels_after(round(options.transfer_first * options.steps))
     model.requires_grad_(True)
     if model is task.model:
         hold_zeros(task)

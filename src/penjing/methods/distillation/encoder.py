@@ -26,12 +26,10 @@ from penjing.errors import PlanError
 from penjing.methods.adaptation.classify import EncoderOptions
 from penjing.methods.distillation.attention import Attended
 from penjing.methods.distillation.distil import DistilOptions
-from penjing.methods.distillation.hidden_states import new_projection
-from penjing.methods.distillation.objective import Seen, Transfer, transferred
+from penjing.methods.distillation.objective import Seen, TeacherAndTransfer, transferred
 from penjing.methods.distillation.soft_labels import with_hard_labels
 from penjing.methods.distillation.student import make_student
-from penjing.methods.distillation.tokens import TokenLoss
-from penjing.methods.training import Batch, Loss, Teacher, Training, TrainTask
+from penjing.methods.training import Batch, Loss, Training, TrainTask
 from penjing.models.attention import attention_watched
 from penjing.models.families import classes_of, classifies
 from penjing.models.layout import Layout
@@ -60,22 +58,8 @@ class EncoderDistilOptions(EncoderOptions, DistilOptions):
         return super().config(config, layout)
 
 
-class EncoderDistillation(nn.Module):
-    """The objective. Labels, soft and hard, are left out while `labels_count` is false, and without labels."""
-
-    def __init__(self, teacher: nn.Module, loss: TokenLoss, alpha: float, transfer: Transfer) -> None:
-        super().__init__()
-        self.teacher = Teacher(teacher)
-        self.loss, self.alpha, self.transfer = loss, alpha, transfer
-        self.labels_count = True
-        self.projection: nn.Parameter | None = None
-
-    def fit(self, student: Any, seed: int = 0) -> None:
-        """Make the projection of hidden states when student and teacher differ in width."""
-        models: tuple[Any, Any] = student, self.teacher.model
-        ours, theirs = (model.config.hidden_size for model in models)
-        if self.transfer.hidden and ours != theirs:
-            self.projection = nn.Parameter(new_projection(ours, theirs, seed))
+class EncoderDistillation(TeacherAndTransfer):
+    """The objective. Without labels in a batch, soft ones are left out too."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Mean over the texts."""
@@ -120,12 +104,7 @@ def train(task: TrainTask, options: EncoderDistilOptions) -> Training:
     comparable(model, teacher, options)
     objective = EncoderDistillation(teacher, options.token_loss(), options.alpha, options.transfer)
     objective.fit(model, options.seed)
-    first = round(options.transfer_first * options.steps)
-
-    def after_step(done: int) -> None:
-        objective.labels_count = done >= first
-
-    after_step(0)
+    after_step = objective.labels_after(round(options.transfer_first * options.steps))
     model.requires_grad_(True)
     return Training(model, objective, after_step=after_step, finish=lambda: model.requires_grad_(False))
 

@@ -10,7 +10,7 @@ first part of the steps the soft and hard labels have no weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,12 @@ class Transfer:
         return max(self.hidden, self.attention, self.relations) > 0
 
 
-class Distillation(nn.Module):
-    """The objective. Logits of labels are left out while `labels_count` is false (TinyBERT's first stage).
+class TeacherAndTransfer(nn.Module):
+    """What every objective of distillation has: a teacher, labels that may count later, and what is transferred.
 
-    loss      per token, from logits (t, V) of student and teacher
+    Logits of labels are left out while `labels_count` is false (TinyBERT's first stage).
+
+    loss      per token or text, from logits (t, V) of student and teacher
     alpha     its weight; the hard label has 1 - alpha
     transfer  of states and attention; None for labels alone
     """
@@ -74,6 +76,19 @@ class Distillation(nn.Module):
         ours, theirs = (model.config.hidden_size for model in models)
         if self.transfer.hidden and ours != theirs:
             self.projection = nn.Parameter(new_projection(ours, theirs, seed))
+
+    def labels_after(self, first: int) -> Callable[[int], None]:
+        """What to call after every step, with the number done, so that labels count once `first` are."""
+
+        def after_step(done: int) -> None:
+            self.labels_count = done >= first
+
+        after_step(0)
+        return after_step
+
+
+class Distillation(TeacherAndTransfer):
+    """The objective of decoders."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Mean over the tokens to be learnt."""
