@@ -14,10 +14,10 @@ import argparse
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from low_rank import candidate
+from texts import text_arguments
 from torch import Tensor
 
 from penjing import api
@@ -39,16 +39,7 @@ UNIFORM = ("3", "2:4+4", "2", "4")
 
 def main() -> None:
     """Parse, run what is missing, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--evaluation-length", type=int, default=1024)
+    parser = text_arguments(__doc__, samples=8, evaluation_length=1024)
     parser.add_argument("--choices", default=CHOICES)
     parser.add_argument("--only", nargs="*", default=UNIFORM, help="uniform choices to compare with")
     options = parser.parse_args()

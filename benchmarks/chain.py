@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from texts import text_arguments
 
 from penjing import api
 from penjing.checkpoint import write_bytes
@@ -27,16 +28,7 @@ KEPT = {"cut": 1, "cut, recovered": 2, "cut, recovered, 4 bits": 3}
 
 def main() -> None:
     """Parse, run, verify, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--evaluation-length", type=int, default=512)
+    parser = text_arguments(__doc__, samples=8, evaluation_length=512)
     parser.add_argument("--steps", type=int, default=16, help="of recovery")
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--recovery-length", type=int, default=256)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
+from texts import text_arguments
 from torch import Tensor
 
 from penjing import api
@@ -81,16 +81,7 @@ HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "drop-refit-quantise", "deep
 
 def main() -> None:
     """Parse, run what is missing, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--evaluation-length", type=int, default=1024)
+    parser = text_arguments(__doc__, samples=16, evaluation_length=1024)
     parser.add_argument("--only", nargs="*", help="runs whose names contain one of these words")
     options = parser.parse_args()
     result: dict[str, Any] = {"runs": {}}
