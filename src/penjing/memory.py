@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -23,6 +24,15 @@ def give_back() -> None:
     """
     if trim := _of_the_c_library("malloc_trim"):
         trim(0)
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch ask the system (Linux) to back large tensors with huge pages; call before torch is imported.
+
+    A matrix of a large model is mapped anew by every operation that makes one, and clearing its small pages one by one
+    takes longer than the operation. What the user's environment says of this stays.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def share_one_heap() -> None:

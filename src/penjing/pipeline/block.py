@@ -268,7 +268,7 @@ class BlockCompressor:
         if any(mask is not None for mask in masks):
             kept = torch.cat([_all_kept(mask, weight) for mask, weight in zip(masks, weights, strict=True)])
         return LinearInput(
-            weight=torch.cat(weights),
+            weight=torch.cat(weights) if len(weights) > 1 else weights[0],
             statistics=self.statistics.get(names[0], {}),
             kept=kept,
             storage_dtype=self.plan.dtype,
@@ -324,13 +324,13 @@ class BlockCompressor:
         }
         if "weight" not in parts or copied:
             return ModuleResult(module, packed, notes=self.notes[name])
-        original = self.tensors[weight]
-        packed |= self._pack(row, self.done.get(name) or self._given(name))
+        coded, unpacked = self._pack(row, self.done.get(name) or self._given(name))
+        packed |= coded
         if name in self.input_scales:
             packed |= input_tensors(module, self.input_scales[name])
         result = ModuleResult(module, packed, notes=self.notes[name])
         if name in self.done:
-            written = self._unpack(row, packed).dense().float()
+            written, original = unpacked.dense().float(), self.tensors[weight]
             result.error, result.error_kind = relative_error(original, written, self.statistics.get(name))
         seen = self.statistics.get(name)
         result.tokens = next(iter(seen.values())).tokens if seen else 0
@@ -340,16 +340,14 @@ class BlockCompressor:
         """A tensor that is written as it is; without a detour over fp32 where no step has changed it."""
         return self.tensors[name] if name in self.tensors.changed else self.tensors.as_stored(name)
 
-    def _pack(self, row: PlanRow, weight: Representation) -> dict[str, Tensor]:
-        """The weight's tensors for the file; they must decode, bit for bit, to what the method returned."""
+    def _pack(self, row: PlanRow, weight: Representation) -> tuple[dict[str, Tensor], Representation]:
+        """The weight's tensors for the file and what they unpack to: bit for bit what the method returned."""
         target, dtype = self.plan.format_of(row), self.plan.dtype_of(row.module.tensors["weight"])
         packed = target.pack(row.module, row.scheme, weight, dtype)
-        if not torch.equal(target.decode(self._unpack(row, packed), dtype), target.decode(weight, dtype)):
+        unpacked = target.unpack(row.module, row.scheme, packed.__getitem__)
+        if not torch.equal(target.decode(unpacked, dtype), target.decode(weight, dtype)):
             raise VerificationError(f"format {target.name}: {row.module.name} does not decode to what was packed")
-        return packed
-
-    def _unpack(self, row: PlanRow, packed: Mapping[str, Tensor]) -> Representation:
-        return self.plan.format_of(row).unpack(row.module, row.scheme, packed.__getitem__)
+        return packed, unpacked
 
 
 def _all_kept(mask: Tensor | None, weight: Tensor) -> Tensor:

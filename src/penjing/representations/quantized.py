@@ -9,6 +9,7 @@ from torch import Tensor
 
 from penjing.numerics.float_grids import FloatGrid, ScaledGrid
 from penjing.numerics.scale_codes import ScaleCodes
+from penjing.numerics.strips import strips
 from penjing.representations.bilevel import Bilevel
 from penjing.representations.binary_coded import BinaryCoded
 from penjing.representations.codebook import Codebook
@@ -47,10 +48,14 @@ class Quantized:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values that `codes` (N, K) would have with these scales and zero points."""
-        columns = codes.shape[1]
-        scale = self._per_column(self.scale.float(), columns)
-        zero = 0.0 if self.zero_point is None else self._per_column(self.zero_point.float(), columns)
-        return self.grid.decode(codes.float(), scale, zero)
+        values = torch.empty(codes.shape)
+        for rows in strips(codes.shape):
+            scale: Tensor = self.scale[rows].float()
+            zero: Tensor | float = 0.0
+            if self.zero_point is not None:
+                zero = self._per_column(self.zero_point[rows].float(), codes.shape[1])
+            values[rows] = self.grid.decode(codes[rows].float(), self._per_column(scale, codes.shape[1]), zero)
+        return values
 
     def _per_column(self, per_group: Tensor, columns: int) -> Tensor:
         if self.group_index is not None:

@@ -24,6 +24,7 @@ from penjing.methods.base import LinearInput
 from penjing.methods.results import fitted, quantized, with_mask
 from penjing.methods.typed_grid import SearchedGridOptions
 from penjing.numerics.float_grids import ScaledGrid
+from penjing.numerics.strips import strips
 from penjing.representations import Masked, Quantized
 from penjing.statistics import ColumnNorm, Gram, StatisticType
 
@@ -41,7 +42,9 @@ def rtn(
     if kept is not None:
         weight = weight * kept
     fit, columns = fitted(weight, grid, metric), weight.shape[1]
-    codes = grid.encode(weight, grid.spread(fit.scale, columns), grid.spread(fit.zero, columns))
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype)
+    for rows in strips(weight.shape):
+        codes[rows] = grid.encode(weight[rows], *(grid.spread(each[rows], columns) for each in (fit.scale, fit.zero)))
     coded = quantized(codes, fit.scale, fit.zero, grid, scale_codes=fit.scale_codes, zero_codes=fit.zero_codes)
     return with_mask(coded, kept)
 
