@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ from penjing.pipeline.text import TextSource
 from penjing.recipe import Calibration
 
 HERE = Path(__file__).parent
+SEARCHED = {"scale_rule": "signed-max", "scale_search": "diagonal"}
+"""What Penjing offers beyond the peer's settings, in the same number of bytes."""
 
 
 def main() -> None:
@@ -54,7 +57,8 @@ def main() -> None:
     )
     save_file({"tokens": calibration.tokens}, options.work / "tokens.safetensors")
 
-    jobs = {"penjing": partial(ours, dense, options)}
+    jobs = {"penjing": partial(ours, dense, {}, options)}
+    jobs |= {"penjing, searched scales": partial(ours, dense, SEARCHED, options)}
     jobs |= {f"llmcompressor {dtype}": partial(peer, dense, dtype, options) for dtype in options.peer_dtypes}
     costs = options.work / "costs.json"
     runs: dict[str, Any] = json.loads(costs.read_text()) if costs.is_file() else {}
@@ -72,7 +76,11 @@ def main() -> None:
         "dense_perplexity": measured[0].quality.perplexity,
         "software": Software.here().__dict__,
         "runs": runs,
-        "ratios": {name: ratios(runs["penjing"], entry) for name, entry in runs.items() if name != "penjing"},
+        "ratios": {
+            our: {name: ratios(runs[our], entry) for name, entry in runs.items() if not name.startswith("penjing")}
+            for our in runs
+            if our.startswith("penjing")
+        },
     }
     write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result, indent=1))
@@ -92,17 +100,18 @@ def write_dense(directory: Path) -> Path:
     return directory
 
 
-def ours(dense: Path, options: argparse.Namespace) -> dict[str, Any]:
+def ours(dense: Path, more: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """`penjing compress` as a user runs it, without the evaluation."""
-    directory = options.work / "penjing"
+    directory = options.work / ("penjing-searched" if more else "penjing")
+    shutil.rmtree(directory, ignore_errors=True)
     recipe = {
         "version": 1,
-        "steps": [{"method": "gptq", "bits": 4, "group_size": 64}],
+        "steps": [{"method": "gptq", "bits": 4, "group_size": 64, **more}],
         "calibration": {"data": options.calibration, "samples": options.samples, "length": options.length},
     }
     write_bytes(options.work / "recipe.yaml", yaml.safe_dump(recipe).encode())
     command = [sys.executable, "-m", "penjing", "compress", str(dense), "-r", str(options.work / "recipe.yaml")]
-    cost = run([*command, "-o", str(directory), "--no-eval"], options.work / "penjing.log")
+    cost = run([*command, "-o", str(directory), "--no-eval"], directory.with_suffix(".log"))
     stages = json.loads((directory / "report.json").read_text())["seconds"]
     return {
         "directory": str(directory),

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import naive
+from penjing.compiled import helper
 from penjing.methods.quantization.gptq import gptq
+from penjing.numerics import scale_search
 from penjing.numerics.cholesky import inverse_factor
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.scale_search import ROWS_AT_ONCE, fit_group, fit_rows, metric_of_sweep
@@ -109,6 +111,19 @@ def test_one_scale_per_matrix_or_row_and_short_last_groups(symmetric, search):
         assert size != "tensor" or (len(scale.unique()) == 1 and len(zero.unique()) == 1)
         ruled = losses(weight, grid, metric, *grid.fit_rows(weight)).sum()
         assert losses(weight, grid, metric, scale, zero).sum() < ruled
+
+
+@pytest.mark.parametrize("grid", grids(), ids=lambda grid: f"{grid.bits} {grid.label}")
+def test_the_kernel_finds_what_trying_one_by_one_finds(grid, monkeypatch):
+    if helper("scale_search.cpp", "penjing.numerics") is None:
+        pytest.skip("no C++ compiler")
+    weight, costs = naive.random_weight(40, COLUMNS), gram_of_inputs().diagonal()
+    fast = fit_rows(weight, grid, costs)
+    monkeypatch.setattr(scale_search, "helper", lambda *_: None)
+    slow = fit_rows(weight, grid, costs)
+    torch.testing.assert_close(
+        losses(weight, grid, costs, *fast), losses(weight, grid, costs, *slow), rtol=1e-4, atol=0
+    )
 
 
 def test_rows_do_not_affect_each_other():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -41,12 +41,14 @@ def working() -> Iterator[Callable[..., None]]:
     name, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
     bar = Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), detail, console=_stderr())
     bars: dict[str, TaskID] = {}
-    with redirect_stdout(sys.stderr), bar as shown:
+    with redirect_stdout(sys.stderr), ExitStack() as shown:
 
         def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+            if not bars:
+                shown.enter_context(bar)  # not before: without a line to show it leaves an empty one
             if stage not in bars:
-                bars[stage] = shown.add_task(stage, total=total, detail=detail)
-            shown.update(bars[stage], completed=done, total=total, detail=detail)
+                bars[stage] = bar.add_task(stage, total=total, detail=detail)
+            bar.update(bars[stage], completed=done, total=total, detail=detail)
 
         try:
             yield progress
