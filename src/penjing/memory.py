@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_M_ARENA_MAX = -8  # from malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # from malloc.h
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it before it makes its first tensor
 
 
 def give_back() -> None:
@@ -32,16 +33,19 @@ def ask_for_huge_pages() -> None:
     A matrix of a large model is mapped anew by every operation that makes one, and clearing its small pages one by one
     takes longer than the operation. What the user's environment says of this stays.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault(_HUGE_PAGES, "1")
 
 
-def share_one_heap() -> None:
-    """Make all threads allocate from one heap (glibc); call before they are started.
+def configure_heap() -> None:
+    """Keep the heap (glibc) from growing by what it once held; the earlier it is called, the better.
 
-    By default every thread has a heap of its own, and each keeps the largest hole its sweeps ever left.
+    All threads allocate from one heap: by default every thread has its own, and each keeps the largest hole its sweeps
+    ever left. Where huge pages make that cheap, tensors of 4 MB and more lie outside of it, and leave no holes.
     """
     if mallopt := _of_the_c_library("mallopt"):
         mallopt(_M_ARENA_MAX, 1)
+        if os.environ.get(_HUGE_PAGES) == "1":
+            mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 @cache

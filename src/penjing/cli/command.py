@@ -13,7 +13,7 @@ from penjing import __version__
 from penjing.cli import adapting, compressing, measuring, running, talking
 from penjing.cli.output import complain
 from penjing.errors import PenjingError
-from penjing.memory import ask_for_huge_pages
+from penjing.memory import ask_for_huge_pages, configure_heap
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +67,7 @@ app.add_typer(adapting.task, name="task")
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; never raises for a failed run."""
     ask_for_huge_pages()
+    configure_heap()
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     try:

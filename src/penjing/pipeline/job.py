@@ -20,7 +20,7 @@ from penjing.evaluation.metrics import Quality
 from penjing.evaluation.report import Report, Skipped, Software, Source
 from penjing.evaluation.size import Stages, weight_bytes
 from penjing.evaluation.windows import Protocol
-from penjing.memory import PeakMemory, share_one_heap
+from penjing.memory import PeakMemory, configure_heap
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, encoders, measure
@@ -124,7 +124,7 @@ def _run(job: Job, progress: Progress) -> Report:
     stages = Stages()
     if job.calibration is not None:
         progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])
-    share_one_heap()
+    configure_heap()
     journal = Journal.open(job.directory, job.fingerprint())
     with PeakMemory() as memory, stages.stage("compress"):
         outcome = run_stages(job, journal, progress)
