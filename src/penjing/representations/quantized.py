@@ -44,17 +44,12 @@ class Quantized:
 
     def dense(self) -> Tensor:
         """The decoded matrix in fp32: `scale * (codes - zero_point)`, exact products of stored numbers."""
-        return self.decode(self.codes)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Values that `codes` (N, K) would have with these scales and zero points."""
-        values = torch.empty(codes.shape)
-        for rows in strips(codes.shape):
-            scale: Tensor = self.scale[rows].float()
-            zero: Tensor | float = 0.0
-            if self.zero_point is not None:
-                zero = self._per_column(self.zero_point[rows].float(), codes.shape[1])
-            values[rows] = self.grid.decode(codes[rows].float(), self._per_column(scale, codes.shape[1]), zero)
+        values, columns = torch.empty(self.codes.shape, device=self.codes.device), self.codes.shape[1]
+        pieces = [slice(None)] if self.scale.requires_grad else strips(self.codes.shape)
+        for rows in pieces:  # autograd would copy the whole gradient for every strip
+            scale = self._per_column(self.scale[rows].float(), columns)
+            zero = 0.0 if self.zero_point is None else self._per_column(self.zero_point[rows].float(), columns)
+            values[rows] = self.grid.decode(self.codes[rows].float(), scale, zero)
         return values
 
     def _per_column(self, per_group: Tensor, columns: int) -> Tensor:

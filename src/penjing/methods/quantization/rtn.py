@@ -42,7 +42,7 @@ def rtn(
     if kept is not None:
         weight = weight * kept
     fit, columns = fitted(weight, grid, metric), weight.shape[1]
-    codes = torch.empty(weight.shape, dtype=grid.code_dtype)
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     for rows in strips(weight.shape):
         codes[rows] = grid.encode(weight[rows], *(grid.spread(each[rows], columns) for each in (fit.scale, fit.zero)))
     coded = quantized(codes, fit.scale, fit.zero, grid, scale_codes=fit.scale_codes, zero_codes=fit.zero_codes)
