@@ -7,6 +7,7 @@ import torch
 
 import naive
 from penjing.errors import CalibrationError
+from penjing.numerics import cholesky
 from penjing.numerics.cholesky import DampingWarning, dead_columns, inverse_factor
 
 
@@ -24,6 +25,16 @@ def test_factor_is_that_of_the_inverse(columns):
     assert used == 0.01
     assert torch.equal(factor, factor.triu()) and (factor.diagonal() > 0).all()
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(naive.damped(gram, 0.01)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [9, 16, 37])
+def test_inverting_by_halves_changes_nothing(columns, monkeypatch):
+    inputs = torch.randn(80, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, _ = inverse_factor(inputs.T @ inputs, 0.01)
+    monkeypatch.setattr(cholesky, "_SMALL", 4)
+    halved, _ = inverse_factor(inputs.T @ inputs, 0.01)
+    torch.testing.assert_close(halved, whole, rtol=1e-12, atol=1e-14)
+    assert (halved.tril(-1) == 0).all()
 
 
 def test_squared_pivots_are_those_of_the_remaining_columns():

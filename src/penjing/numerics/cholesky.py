@@ -23,6 +23,10 @@ STRONGEST_DAMPING = 1e3
 """Past this multiple of the mean diagonal the factor is the identity for every practical purpose."""
 
 
+_SMALL = 512
+"""Rows of a triangular matrix that is inverted by solving for the identity."""
+
+
 class DampingWarning(UserWarning):
     """The statistics were too thin for the damping asked for; the message says what was used instead."""
 
@@ -72,9 +76,28 @@ def _reversed_inverse(backwards: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(backwards)
     if failed:
         return None
-    identity = torch.eye(len(backwards), dtype=backwards.dtype, device=backwards.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1) if all_finite(inverse) else None
+    _invert(lower)
+    return lower.flip(0, 1) if all_finite(lower) else None
+
+
+def _invert(lower: Tensor) -> None:
+    """Replace a lower triangular matrix (n, n) by its inverse: of the halves first, then
+
+        [A 0]^-1   [ A^-1            0   ]
+        [C B]    = [-B^-1 C A^-1   B^-1 ]
+
+    in n^3 / 3 multiplications and additions, a third of what solving for the identity takes.
+    """
+    if len(lower) <= _SMALL:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = len(lower) // 2
+    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    solved = torch.linalg.solve_triangular(first, below, upper=False, left=False)
+    below.copy_(torch.linalg.solve_triangular(second, solved, upper=False).neg_())
+    _invert(first)
+    _invert(second)
 
 
 def _warn(message: str) -> None:

@@ -246,7 +246,7 @@ class BlockCompressor:
         products = any(isinstance(weight, LowRank) for weight in self.done.values())
         if not together or products:
             clusters = [[name] for cluster in clusters for name in cluster]
-        done = side_by_side(lambda names: self._run_linear(linear, step.options, names), clusters)
+        done = side_by_side(lambda names: self._run_linear(linear, step.options, names), clusters, self._cost)
         for names, (result, warned) in zip(clusters, done, strict=True):
             start = 0
             for name in names:
@@ -254,6 +254,12 @@ class BlockCompressor:
                 self.done[name] = result.rows(start, start + rows)
                 self.notes[name] += warned
                 start += rows
+
+    def _cost(self, names: Sequence[str]) -> float:
+        """Of a method on some linears with the same inputs: most are cubic in these, and linear in outputs."""
+        shapes = [self.rows[name].module.shape for name in names]
+        inputs = shapes[0][1]
+        return inputs**2 * (inputs + sum(outputs for outputs, _ in shapes))
 
     def _run_linear(self, linear: LinearFunction, options: Options, names: Sequence[str]) -> Representation:
         def run(given: LinearInput) -> Representation:

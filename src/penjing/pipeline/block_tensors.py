@@ -50,20 +50,20 @@ class BlockTensors(MutableMapping[str, Tensor]):
         return len(self._source)
 
 
-ERROR_ROWS = 2048
-"""Rows of a weight on which its output error is measured: more would cost as much as the compression itself."""
+ERROR_WEIGHTS = 1 << 22
+"""Of a matrix, on which its output error is measured: more would cost as much as the compression itself."""
 
 
 def relative_error(weight: Tensor, compressed: Tensor, statistics: Statistics | None) -> tuple[float, str]:
     """||(W - W')X|| / ||WX|| when a Gram matrix of the inputs is at hand, else ||W - W'|| / ||W||; both (N, K) fp32.
 
-    The output error of a weight with more than `ERROR_ROWS` rows is that of as many of them, evenly spaced.
+    The output error of a matrix with more than `ERROR_WEIGHTS` entries is that of evenly spaced rows with as many.
     """
     gram = statistics.get(Gram) if statistics else None
     if gram is None:
         tiny = torch.finfo(torch.float32).tiny
         return float((weight - compressed).norm() / weight.norm().clamp(min=tiny)), "weight"
-    step = -(-weight.shape[0] // ERROR_ROWS)
+    step = -(-weight.numel() // ERROR_WEIGHTS)
     weight, difference = weight[::step], (weight - compressed)[::step]
     lost = ((difference @ gram.value) * difference).sum(dtype=torch.float64)
     total = ((weight @ gram.value) * weight).sum(dtype=torch.float64)
