@@ -16,8 +16,8 @@ matrix that belongs to the group. Candidates are
 and the result of the named rule itself. The best is then refined in turns: codes fixed, the loss is quadratic in s and
 s z, so both have a closed form; then the weights are encoded anew. Candidates are rounded to what is stored before they
 are judged, and only one that loses less is taken, so the result never loses more than the named rule. Where the metric
-is diagonal, a compiled kernel picks the cheapest candidate (scale_search.cpp), some thirty times as fast as trying them
-one by one, which is done without a compiler and otherwise.
+is diagonal, a compiled kernel picks the cheapest candidate (scale_search.cpp); elsewhere, and without a compiler, they
+are tried one by one.
 
 Worked example: w = [1.0, 0.9, -0.1], 2 bits (codes -2 to 1), h = [1, 1, 1]. The rule `full` gives s = 1 / 1.5 = 0.67
 and w_hat = [0.67, 0.67, 0], loss 0.17. With s = 1 the codes are [1, 1, 0] and w_hat = [1, 1, 0], loss 0.02. The least

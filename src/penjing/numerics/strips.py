@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 ELEMENTS = 1 << 20
-"""In one strip: 4 MB in fp32. Larger scratch is mapped anew for every operation, which costs more than it."""
+"""In one strip: 4 MB in fp32. Larger scratch is mapped anew by every operation, and that takes longer."""
 
 
 def strips(shape: Sequence[int]) -> Iterator[slice]:
