@@ -63,6 +63,7 @@ def main() -> None:
         engines = ("transformers:float32", "llamacpp", "onnxruntime")
         result = penjing.bench(["demo", *models], engines, load=load, threads=options.threads)
     text = json.dumps({"ratios": ratios(result), **result.as_dict()}, indent=1).replace(f"{folder}/", "")
+    text = text.replace(str(open_checkpoint("demo").path), "demo")
     print(text)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
