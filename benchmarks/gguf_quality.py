@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from texts import text_arguments
 from torch import Tensor
 
 from penjing import api
@@ -45,17 +46,8 @@ RATES = {"q8_0": 1e-4}
 
 def main() -> None:
     """Parse, make what is missing, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = text_arguments(__doc__, samples=16, evaluation_length=1024)
     parser.add_argument("--types", nargs="+", default=["q8_0", "q4_0"])
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--tune", type=int, default=24, help="steps of e2e-qp; 0: none")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -103,7 +95,7 @@ def measure(options: argparse.Namespace, files: dict[str, Path], result: dict[st
         [options.model, *files.values()],
         data=options.evaluation,
         windows=options.windows,
-        length=options.window_length,
+        length=options.evaluation_length,
     )
     result["evaluation"] = measured[0].protocol.sentence()
     result["dense_perplexity"] = measured[0].quality.perplexity

@@ -22,7 +22,6 @@ from penjing.numerics.finite import all_finite
 STRONGEST_DAMPING = 1e3
 """Past this multiple of the mean diagonal the factor is the identity for every practical purpose."""
 
-
 _SMALL = 512
 """Rows of a triangular matrix that is inverted by solving for the identity."""
 
