@@ -26,15 +26,17 @@ def middle(grid: IntegerGrid) -> int:
 
 
 def to_words(values: Tensor, shift: int, bits: int) -> Tensor:
-    """int8 (R, n) -> `values + shift`, below 2**bits, as a stream of bits per row: int32 (R, n * bits / 32)."""
-    unsigned = (values.to(torch.int16) + shift).to(torch.uint8)
-    return pack_bits(unsigned, bits).view(torch.int32)
+    """int8 (R, n) -> `values + shift`, below 2**bits, as a stream of bits per row: int32 (R, n * bits / 32).
+
+    Bytes wrap around at 256, so that signed ones may be shifted as unsigned ones.
+    """
+    return pack_bits(values.view(torch.uint8) + shift, bits).view(torch.int32)
 
 
 def from_words(words: Tensor, shift: int, bits: int, count: int) -> Tensor:
     """The inverse of `to_words`: int32 (R, w) -> int8 (R, count)."""
     unsigned = unpack_bits(words.contiguous().view(torch.uint8), bits, count)
-    return (unsigned.to(torch.int16) - shift).to(torch.int8)
+    return unsigned.sub_(shift).view(torch.int8)
 
 
 def load_all(

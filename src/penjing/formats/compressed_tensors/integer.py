@@ -18,8 +18,8 @@ from torch import Tensor
 
 from penjing.errors import FormatError
 from penjing.formats.compressed_tensors.layouts import Load, for_every_row, scale_once
+from penjing.formats.words import from_words, middle
 from penjing.numerics.grids import IntegerGrid
-from penjing.numerics.packing import unpack_bits
 from penjing.representations import Quantized
 
 
@@ -58,10 +58,10 @@ class PackedIntegers:
         stored = tuple(load("weight_shape").tolist())
         if stored != shape:
             raise FormatError(f"weight_shape is {stored}, but config.json makes it {shape}")
-        codes = _signed(load("weight_packed"), grid.bits, columns)
+        codes = from_words(load("weight_packed"), middle(grid), grid.bits, columns)
         zero = None if grid.symmetric else load("weight_zero_point")
         if zero is not None and zero.dtype == torch.int32:
-            zero = _signed(zero.T, grid.bits, rows).T.contiguous()
+            zero = from_words(zero.T, middle(grid), grid.bits, rows).T.contiguous()
         return _quantized(codes, load("weight_scale"), zero, grid)
 
     def decode(self, weight: Quantized, dtype: torch.dtype) -> Tensor:
@@ -112,9 +112,3 @@ def _quantized(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: IntegerG
 
 def _decode(weight: Quantized, dtype: torch.dtype) -> Tensor:
     return replace(weight, scale=weight.scale.to(dtype)).dense().to(dtype)
-
-
-def _signed(words: Tensor, bits: int, count: int) -> Tensor:
-    """Words (R, n) int32 of a bit stream -> signed codes (R, count) int8."""
-    codes = unpack_bits(words.contiguous().view(torch.uint8), bits, count)
-    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from penjing.errors import FormatError
 from penjing.formats.base import plain_codes
+from penjing.formats.words import middle
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.packing import pack_bits, packed_bytes, unpack_bits
@@ -60,7 +61,7 @@ class Blocks:
         """See the module's docstring."""
         (rows, columns), block = weight.codes.shape, block_size(grid)
         spare = -columns % block
-        codes = torch.nn.functional.pad(_unsigned(weight.codes, grid), (0, spare), value=_middle(grid))
+        codes = torch.nn.functional.pad(_unsigned(weight.codes, grid), (0, spare), value=middle(grid))
         tensors = {
             CODES: pack_bits(codes, grid.bits).reshape(rows, -1, block * grid.bits // 8),
             SCALE: weight.scale.contiguous(),
@@ -167,17 +168,11 @@ def _block_problems(module: ModuleSpec, grid: IntegerGrid) -> list[str]:
 
 
 def _unsigned(codes: Tensor, grid: IntegerGrid) -> Tensor:
-    return (codes.to(torch.int16) + _middle(grid)).to(torch.uint8)
+    return codes.view(torch.uint8) + middle(grid)  # bytes wrap around at 256
 
 
 def _signed(codes: Tensor, grid: IntegerGrid) -> Tensor:
-    return (codes.to(torch.int16) - _middle(grid)).to(torch.int8)
-
-
-def _middle(grid: IntegerGrid) -> int:
-    """What is added to signed codes to store them, which is what the operators take for zero; ternary codes lie around
-    it as well."""
-    return int(2 ** (grid.bits - 1))
+    return codes.sub(middle(grid)).view(torch.int8)
 
 
 def _shaped(load: Load, key: str, shape: tuple[int, ...]) -> Tensor:
