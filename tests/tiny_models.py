@@ -128,6 +128,26 @@ def tokenizer() -> Any:
     return wrapped
 
 
+def piece_tokenizer() -> Any:
+    """A BPE tokenizer over pieces of text that falls back to bytes, of 300 tokens: the kind that Gemma has."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [
+        (pair[0], pair[1])
+        for pair in ("\u2581t", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or")
+    ]
+    pieces = [*"\u2581abcdefghijklmnopqrstuvwxyz", *map("".join, merges)]
+    texts = [*SPECIAL, "<unk>", *(f"<0x{number:02X}>" for number in range(256)), *pieces]
+    vocabulary = {text: number for number, text in enumerate(texts)}
+    inner = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.normalizer = normalizers.Replace(" ", "\u2581")
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token="<unk>"
+    )
+
+
 def token_windows(windows: int = 2, length: int = 48, seed: int = 0) -> torch.Tensor:
     """Random token ids (windows, length) that are not special."""
     generator = torch.Generator().manual_seed(seed)

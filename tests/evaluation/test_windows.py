@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from penjing.errors import CalibrationError
+from penjing.errors import CalibrationError, CheckpointError
 from penjing.evaluation.text import Documents
 from penjing.evaluation.windows import (
     data_fingerprint,
@@ -125,6 +125,15 @@ def test_chats_are_rendered_with_the_models_template(tokenizers):
     refused = Documents("chats", (), (chat, ({"role": "system", "content": ""},)))
     with pytest.raises(CalibrationError, match=r"conversation 2 .* system role not supported"):
         render_chats(refused, tokenizers.Chat())
+
+
+def test_a_tokenizer_that_cannot_encode():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")))
+    with pytest.raises(CheckpointError, match="tokenizer cannot encode prose"):
+        evaluation_windows(Documents("prose", ("b",)), broken, windows=1, length=4)
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):

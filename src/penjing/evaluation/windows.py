@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penjing.errors import CalibrationError
+from penjing.errors import CalibrationError, CheckpointError
 from penjing.evaluation.text import Documents
 
 if TYPE_CHECKING:
@@ -185,7 +185,10 @@ def evaluation_windows(
 def _tokenise(documents: Documents, tokenizer: Any) -> Tensor:
     import torch
 
-    encoded = tokenizer(documents.joined(), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    try:
+        encoded = tokenizer(documents.joined(), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"the model's tokenizer cannot encode {documents.label}: {error}") from error
     return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
 
