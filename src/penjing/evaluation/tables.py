@@ -78,6 +78,7 @@ def task_lines(results: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     if not first:
         return []
     names, metrics = (list(dict.fromkeys(key[part] for key in first)) for part in (0, 1))
+    metrics.sort(key=lambda metric: not metric.startswith("acc"))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("model", "measure", *names):
         table.add_column(escape(column), justify="left" if column in ("model", "measure") else "right")
@@ -98,7 +99,7 @@ def task_lines(results: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
 
 def _score(score: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
     """`45.2% ± 1.0 (-2.3)`: accuracies in percent and percentage points, everything else as it is."""
-    scale, unit, form = (100, "%", ".1f") if score["metric"].startswith("acc") else (1, "", ".3f")
+    scale, unit, form = (100, "%", ".1f") if score["metric"].startswith("acc") else (1, "", ".4g")
     error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:{form}}"
     change = "" if base is None else f" ({scale * (score['value'] - base['value']):+{form}})"
     return f"{scale * score['value']:{form}}{unit}{error}{change}"
