@@ -14,6 +14,7 @@ from penjing.budgets import distribute as distribute
 from penjing.budgets import ranks as ranks
 from penjing.checkpoint import Checkpoint, open_checkpoint
 from penjing.errors import PlanError
+from penjing.evaluation.measured import ClassifierEvaluation, Evaluation
 from penjing.formats import format_of
 from penjing.models import Layout, layout_of
 from penjing.models.families import is_encoder
@@ -24,17 +25,13 @@ from penjing.representations import Scheme
 if TYPE_CHECKING:
     from penjing.engines.bench import Bench, Load
     from penjing.engines.serving import Serving
-    from penjing.evaluation.classification import Classification
-    from penjing.evaluation.metrics import Quality
     from penjing.evaluation.report import Report
-    from penjing.evaluation.windows import Protocol
     from penjing.methods.quantization.kivi import KVCache
     from penjing.pipeline.engine_check import EngineCheck
     from penjing.pipeline.export import Exported
     from penjing.pipeline.measure import Candidate
     from penjing.pipeline.verification import Verification
     from penjing.pipeline.walk import Progress
-    from penjing.runtime.memory import CacheMemory
 
 # What walks a model is imported by the functions that walk one: a plan should take no longer than it must.
 
@@ -74,51 +71,6 @@ class Inspection:
                 }
                 for module in layout.modules
             ],
-        }
-
-
-@dataclass(frozen=True)
-class ClassifierEvaluation:
-    """A measured classifier of texts: the numbers with their protocol, and the model's size."""
-
-    model: str
-    against: str | None
-    bytes: int
-    parameters: int
-    classification: Classification
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        measured = asdict(self.classification) | {"sentence": self.classification.sentence()}
-        own = {"model": self.model, "against": self.against, "bytes": self.bytes, "parameters": self.parameters}
-        return own | {"classification": measured}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A measured model: the numbers, the protocol they were measured under, and the model's size.
-
-    kv_cache  what a quantised cache holds after one window, when the model was read through one
-    """
-
-    model: str
-    against: str | None
-    bytes: int
-    parameters: int
-    quality: Quality
-    protocol: Protocol
-    kv_cache: CacheMemory | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "model": self.model,
-            "against": self.against,
-            "bytes": self.bytes,
-            "bits_per_weight": 8 * self.bytes / self.parameters,
-            **asdict(self.quality),
-            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
-            "protocol": asdict(self.protocol) | {"sentence": self.protocol.sentence()},
         }
 
 
@@ -223,6 +175,8 @@ def evaluate(
     windows: int | None = 8,
     length: int = 2048,
     kv_cache: KVCache | None = None,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Evaluation | ClassifierEvaluation:
@@ -231,6 +185,7 @@ def evaluate(
     Of an encoder that classifies: accuracy, and agreement, on the labelled records of `data`.
 
     With `kv_cache` the model reads its past through such a cache, and is compared with itself when `against` is None.
+    tasks  names of lm-eval or .jsonl files of questions, which the model answers too    limit  questions of each
     """
     if kv_cache is not None and against is None:
         against = model
@@ -240,6 +195,8 @@ def evaluate(
         windows=windows,
         length=length,
         kv_cache=kv_cache,
+        tasks=tasks,
+        limit=limit,
         progress=progress,
         trust_remote_code=trust_remote_code,
     )
@@ -253,28 +210,36 @@ def compare(
     windows: int | None = 8,
     length: int = 2048,
     kv_cache: KVCache | None = None,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Sequence[Evaluation | ClassifierEvaluation]:
     """Measure several models on the same text; the first is the reference the others are compared with.
 
     With `kv_cache`, all but the first read their past through such a cache; the first always has a full one.
-    Raises PlanError when vocabularies differ: their logits cannot be compared.
+    tasks  names of lm-eval or .jsonl files (see `penjing.evaluation.questions`)    limit  questions asked of each
+
+    Raises PlanError when vocabularies differ: their logits cannot be compared; and what `penjing.pipeline.tasks` does.
     """
     from penjing.evaluation.size import weight_bytes
     from penjing.pipeline import decoding, measure
+    from penjing.pipeline import tasks as questions
     from penjing.pipeline.stream import StreamedModel
-    from penjing.pipeline.text import TextSource
+    from penjing.pipeline.text import TextSource, positions
     from penjing.pipeline.weights import Weights
 
+    asked = questions.load(tasks, limit, full_cache=kv_cache is None)
     checkpoints = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
     if is_encoder(checkpoints[0].config):
+        questions.refuse_for_encoders(asked, checkpoints[0].label)
         return _classified(checkpoints, data, length)
     layouts = [layout_of(each.config, each.specs(), trust_remote_code=trust_remote_code) for each in checkpoints]
     for checkpoint, layout in zip(checkpoints, layouts, strict=True):
         _require_same_vocabulary(checkpoint, layout, layouts[0])
         decoding.require_cacheable(checkpoint.config, kv_cache, trust_remote_code=trust_remote_code)
-    text = TextSource(checkpoints[0]).evaluation(data, windows, length)
+    source = TextSource(checkpoints[0])
+    text = source.evaluation(data, windows, length)
     reference: Candidate | None = None
     results = []
     for checkpoint, layout in zip(checkpoints, layouts, strict=True):
@@ -290,7 +255,9 @@ def compare(
         against = None if reference is None else checkpoints[0].label
         size = weight_bytes(checkpoint.path)
         protocol = decoding.describe(text.protocol, through)
-        results.append(Evaluation(label, against, size, layout.parameters, quality, protocol, held))
+        answered = partial(progress, f"tasks {label}")
+        scores = questions.run(asked, stream, source.tokenizer, positions(checkpoint.config), answered)
+        results.append(Evaluation(label, against, size, layout.parameters, quality, protocol, held, scores))
         reference = reference or candidate
     return results
 

@@ -217,10 +217,10 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Group:
             "" if result["kl"] is None else f"{result['kl']:.4f} ± {result['kl_error']:.4f}",
             "" if result["top1"] is None else f"{result['top1']:.1%}",
         )
-    from penjing.evaluation.tables import cache_line
+    from penjing.evaluation.tables import cache_line, task_lines
 
     caches = [cache_line(result["kv_cache"]) for result in results[-1:] if result["kv_cache"]]
-    return Group(table, "", *caches, escape(results[-1]["protocol"]["sentence"]))
+    return Group(table, "", *task_lines(results), *caches, escape(results[-1]["protocol"]["sentence"]))
 
 
 def _classifiers(results: Sequence[Mapping[str, Any]]) -> Group:

@@ -13,7 +13,9 @@ from penjing.cli.options import (
     KVBitsOption,
     KVGroupOption,
     KVResidualOption,
+    LimitOption,
     ModelArgument,
+    TasksOption,
     TrustOption,
     WindowsOption,
 )
@@ -32,6 +34,8 @@ def evaluate(
     kv_bits: KVBitsOption = None,
     kv_group: KVGroupOption = None,
     kv_residual: KVResidualOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -46,6 +50,8 @@ def evaluate(
             windows=windows,
             length=length,
             kv_cache=_kv_cache(kv_bits, kv_group, kv_residual),
+            tasks=tasks or (),
+            limit=limit,
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
@@ -60,6 +66,8 @@ def compare(
     kv_bits: KVBitsOption = None,
     kv_group: KVGroupOption = None,
     kv_residual: KVResidualOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -73,6 +81,8 @@ def compare(
             windows=windows,
             length=length,
             kv_cache=_kv_cache(kv_bits, kv_group, kv_residual),
+            tasks=tasks or (),
+            limit=limit,
             progress=progress,
             trust_remote_code=trust_remote_code,
         )

@@ -39,6 +39,11 @@ KVBitsOption = Annotated[
 ]
 KVGroupOption = Annotated[int | None, typer.Option("--kv-group", help="tokens or channels that share a scale  [32]")]
 KVResidualOption = Annotated[int | None, typer.Option("--kv-residual", help="newest tokens kept in full  [128]")]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", metavar="TASK", help="what to answer: a task of lm-eval, or a .jsonl file; repeatable"),
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="ask the first so many questions of each task")]
 
 EngineOption = Annotated[
     str | None, typer.Option("--engine", "-e", metavar="ENGINE", help="see `penjing list engines`  [by the files]")

@@ -124,6 +124,16 @@ class Comparison:
         )
 
 
+def token_log_likelihoods(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `targets` (N,) under `logits` (T, V), each in the row that `rows` (N,) names.
+
+    Log-likelihoods fp32 (N,) in nats, and whether the target is the likeliest token, bool (N,). Raises CalibrationError
+    when logits are not finite.
+    """
+    log_q = _log_softmax(logits, "the model's")
+    return log_q[rows, targets], log_q.argmax(1)[rows] == targets
+
+
 def _log_softmax(logits: Tensor, whose: str) -> Tensor:
     logits = logits.float()
     if not all_finite(logits):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -67,6 +67,42 @@ def cache_line(held: Mapping[str, Any]) -> str:
         f"{readable_bytes(held['full_bytes'])}; {held['token_bytes']:,.0f} bytes for a further token, "
         f"in full {held['full_token_bytes']:,.0f}"
     )
+
+
+def task_lines(results: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """What evaluated models reached on tasks: a column per task, a line per model and measure, the protocols.
+
+    After ± stands the standard error, in brackets the difference to the first model, and last what guessing reaches.
+    """
+    first = {(score["name"], score["metric"]): score for score in results[0]["tasks"]}
+    if not first:
+        return []
+    names, metrics = (list(dict.fromkeys(key[part] for key in first)) for part in (0, 1))
+    metrics.sort(key=lambda metric: not metric.startswith("acc"))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("model", "measure", *names):
+        table.add_column(escape(column), justify="left" if column in ("model", "measure") else "right")
+    for result in results:
+        scores = {(score["name"], score["metric"]): score for score in result["tasks"]}
+        for number, metric in enumerate(metrics):
+            cells = []
+            for name in names:
+                score, base = scores.get((name, metric)), None if result is results[0] else first.get((name, metric))
+                cells.append("" if score is None else _score(score, base))
+            table.add_row("" if number else escape(result["model"]), escape(metric), *cells)
+    chances = {name: score["chance"] for (name, _), score in first.items() if score["chance"] is not None}
+    if chances:
+        table.add_row("guessing", "acc", *(f"{chances[name]:.1%}" if name in chances else "" for name in names))
+    protocols = dict.fromkeys(score["protocol"] for score in first.values())
+    return [table, "", *(escape(protocol) for protocol in protocols)]
+
+
+def _score(score: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+    """`45.2% ± 1.0 (-2.3)`: accuracies in percent and percentage points, everything else as it is."""
+    scale, unit, form = (100, "%", ".1f") if score["metric"].startswith("acc") else (1, "", ".4g")
+    error = "" if score["stderr"] is None else f" ± {scale * score['stderr']:{form}}"
+    change = "" if base is None else f" ({scale * (score['value'] - base['value']):+{form}})"
+    return f"{scale * score['value']:{form}}{unit}{error}{change}"
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:

@@ -73,6 +73,14 @@ class TextSource:
         sample = self._tokenizer.decode(tokens[0, :200])
         return Text(tokens, describe(documents, tokens, bos=self._bos, dtype="float32"), sample)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers loads it. Raises CalibrationError when there is none."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._checkpoint.files())
+            self._bos = leading_token(self._tokenizer)
+        return self._tokenizer
+
     def _load(self, length: int) -> Any:
         limit = positions(self._checkpoint.config)
         if limit and length > limit:
@@ -80,7 +88,4 @@ class TextSource:
                 f"windows of {length} tokens are longer than the {limit} positions of {self._checkpoint.label}; "
                 f"set `length: {limit}` or less"
             )
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._checkpoint.files())
-            self._bos = leading_token(self._tokenizer)
-        return self._tokenizer
+        return self.tokenizer
