@@ -161,8 +161,9 @@ def _try_all(model: Path, format: str, steps: Steps, output: Path, before: Known
         if missing:
             penjing.compress(model, recipe, output, evaluated=False)
         for engine, wanted in missing.items():
-            found = _try(output, engine, architecture, format, wanted[0])
-            yield from (replace(found, scheme=scheme) for scheme in wanted)
+            with suppress(MissingDependency):  # what is not installed says nothing about an engine
+                found = _try(output, engine, architecture, format, wanted[0])
+                yield from (replace(found, scheme=scheme) for scheme in wanted)
 
 
 def _demo(formats: list[str]) -> Iterator[Fact]:
@@ -188,6 +189,8 @@ def _try(path: Path, engine: str, architecture: str, format: str, scheme: str) -
         found = penjing.verify(path, engine=engine).as_dict()
     except EngineError as error:
         return replace(fact, loads=False, verified=None, reason=_reason(error, path))
+    except MissingDependency:
+        raise
     except VerificationError as error:
         return replace(fact, verified=False, reason=_reason(error, path))
     except PenjingError as error:

@@ -1,5 +1,6 @@
 """An engine in a process of its own: what comes back, and what is said when it dies or its files are damaged."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import penjing
 from penjing.engines import EngineProcess, LoadRequest, Sampling
 from penjing.engines.bench import Load, Spread, bench, read_bandwidth
-from penjing.errors import EngineError, PenjingError
+from penjing.errors import EngineError, MissingDependency, PenjingError
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -121,3 +123,11 @@ def test_spread_and_bandwidth() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     assert read_bandwidth(1, size=2**20, repeats=2) > 1e6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="optimum is installed")
+def test_a_package_that_a_format_needs(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {"steps": [{"method": "rtn", "bits": 4, "group_size": 32}], "format": "gptq"}
+    penjing.compress(tiny_model("llama"), recipe, tmp_path / "gptq", evaluated=False)
+    with pytest.raises(MissingDependency, match="optimum"):
+        EngineProcess("transformers", LoadRequest(tmp_path / "gptq"))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from penjing.engines.base import LoadRequest, Sampling, Timing
-from penjing.errors import EngineError
+from penjing.errors import EngineError, MissingDependency
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class EngineProcess:
     vocabulary      number of logits
     read_per_token  bytes of weights that one decoded token reads, where known
 
-    Raises EngineError with what the engine said, or with how its process died.
+    Raises EngineError with what the engine said, or with how its process died; MissingDependency where it names a package.
     """
 
     def __init__(self, engine: str, request: LoadRequest) -> None:
@@ -114,6 +114,8 @@ class EngineProcess:
                     yield value
                 elif kind == "ok":
                     return value
+                elif kind == "missing":
+                    raise MissingDependency(value)
                 elif kind == "error":
                     raise EngineError(value)
                 else:

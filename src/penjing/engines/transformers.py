@@ -13,7 +13,7 @@ from penjing.checkpoint import open_checkpoint, write_bytes, write_shard
 from penjing.checkpoint.directory import SINGLE
 from penjing.engines.base import LoadedModel, LoadRequest, SteppingModel
 from penjing.engines.onnxruntime import holds_graph_weights
-from penjing.errors import EngineError
+from penjing.errors import EngineError, MissingDependency
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,8 @@ class Transformers:
         return None
 
     def load(self, request: LoadRequest) -> LoadedModel:
-        """`from_pretrained`. Raises EngineError with the reason that transformers gives."""
+        """`from_pretrained`. Raises EngineError with the reason that transformers gives, MissingDependency where it
+        names a package."""
         return TransformersModel(request)
 
 
@@ -61,6 +62,8 @@ class TransformersModel(SteppingModel):
                 )
             except Exception as error:  # whatever configuration, quantiser and model classes raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                if isinstance(error, ImportError):
+                    raise MissingDependency(f"{request.path}: transformers needs a package for it: {reason}") from error
                 raise EngineError(f"{request.path}: transformers cannot load it: {reason}") from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._torch, self._model = torch, model.eval().to(device)

@@ -2,8 +2,9 @@
 
     python -m penjing.engines.worker DESCRIPTOR ENGINE
 
-A request is (name of a function in `_Worker`, arguments). The answer is ("ok", result), ("error", message) for what
-Penjing raises on purpose, or ("bug", message); an answer in pieces is any number of ("item", piece) before "ok".
+A request is (name of a function in `_Worker`, arguments). The answer is ("ok", result), ("missing", message) where a
+package has to be installed first, ("error", message) for what else Penjing raises on purpose, or ("bug", message); an
+answer in pieces is any number of ("item", piece) before "ok".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from penjing.engines.base import LoadedModel, LoadRequest, Sampling, Timing
 from penjing.engines.table import ENGINES
-from penjing.errors import PenjingError
+from penjing.errors import MissingDependency, PenjingError
 from penjing.memory import PeakMemory, high_water_mark
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def serve(connection: Connection, worker: _Worker) -> None:
                     connection.send(("item", piece))
                 answer = None
             connection.send(("ok", answer))
+        except MissingDependency as error:
+            connection.send(("missing", str(error)))
         except PenjingError as error:
             connection.send(("error", str(error)))
         except Exception as error:
