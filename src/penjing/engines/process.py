@@ -39,7 +39,8 @@ class EngineProcess:
     vocabulary      number of logits
     read_per_token  bytes of weights that one decoded token reads, where known
 
-    Raises EngineError with what the engine said, or with how its process died; MissingDependency where it names a package.
+    Raises EngineError with what the engine said, or with how its process died; MissingDependency where it named a
+    package that it needs.
     """
 
     def __init__(self, engine: str, request: LoadRequest) -> None:
