@@ -1,6 +1,7 @@
 """Imports point only downwards, and the cheap doors of the package stay cheap."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,5 +87,17 @@ def test_the_package_itself_imports_only_the_hook() -> None:
 def test_help_and_import_leave_torch_and_transformers_alone(command: str) -> None:
     heavy = "[name for name in ('torch', 'transformers', 'numpy') if name in sys.modules]"
     program = f"import sys; {command}; loaded = {heavy}; sys.exit(str(loaded) if loaded else 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_but_the_core_is_needed_to_plan(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+              "num_hidden_layers": 1, "vocab_size": 300}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    extras = "('gguf', 'onnx', 'onnxruntime', 'peft', 'accelerate', 'lm_eval', 'datasets', 'compressed_tensors')"
+    recipe = "{'steps': [{'method': 'rtn', 'bits': 4, 'group_size': 32}], 'format': 'native'}"
+    without = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
+    program = f"{without}; import penjing; penjing.plan({str(tmp_path)!r}, {recipe})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """Export: the same codes in another format, refusals before anything is written, nothing quantised anew."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,19 @@ def test_the_result_verifies_and_is_whole(compressed: Callable[..., Path], tmp_p
 def test_a_dense_model_becomes_another_dense_model(tiny_model: BuildTiny, tmp_path: Path) -> None:
     done = penjing.export(tiny_model("gemma2"), "native", tmp_path / "out")
     assert done.difference == 0
+
+
+def test_plain_tensors_may_be_stored_in_fewer_bits(tiny_model: BuildTiny, tmp_path: Path) -> None:
+    wide = shutil.copytree(tiny_model("llama", calm=True), tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    done = penjing.export(wide, "dense", tmp_path / "narrow")
+    assert 1e-4 < done.difference < 3e-2
+    assert all(
+        t.dtype == torch.bfloat16
+        for file in (tmp_path / "narrow").glob("*.safetensors")
+        for t in load_file(file).values()
+    )
 
 
 def test_one_file_for_llamacpp(compressed: Callable[..., Path], tmp_path: Path) -> None:
