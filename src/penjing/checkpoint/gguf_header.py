@@ -16,11 +16,12 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from typing import TYPE_CHECKING, Any
 
 from penjing.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -93,6 +94,8 @@ class _Reader:
         return name, shape, self._one("I"), self._one("Q")
 
     def _place(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> GGUFTensor:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # an extra, which engines' tables do without
+
         where = f"{self._path}: tensor {name!r}"
         try:
             quantization = GGMLQuantizationType(kind)

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penjing.checkpoint.gguf_header import read_gguf_header
 from penjing.engines.base import LoadedModel, LoadRequest, SteppingModel
 from penjing.errors import EngineError
 
@@ -59,8 +60,6 @@ class LlamaCppModel(SteppingModel):
     """A context of llama.cpp with `request.batch` sequences of `request.context` tokens."""
 
     def __init__(self, request: LoadRequest) -> None:
-        from penjing.checkpoint.gguf_header import read_gguf_header
-
         lib = _library()
         self._lib, self._said = lib, _Log(lib)
         header = read_gguf_header(request.path)  # a damaged file may not reach C code

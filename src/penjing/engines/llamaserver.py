@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penjing.checkpoint.gguf_header import read_gguf_header
 from penjing.engines.base import LoadedModel, LoadRequest, Sampling, Timing
 from penjing.engines.llamacpp import gguf_read_per_token, gguf_refusal
 from penjing.errors import EngineError
@@ -60,8 +61,6 @@ class LlamaServerModel(LoadedModel):
     """A running server, stopped by `close`."""
 
     def __init__(self, request: LoadRequest) -> None:
-        from penjing.checkpoint.gguf_header import read_gguf_header
-
         header = read_gguf_header(request.path)
         sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
         self.read_per_token = gguf_read_per_token(header.keys, sizes)
