@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from penjing.errors import CheckpointError, PenjingError, VerificationError
 from penjing.pipeline import verification
 from penjing.pipeline.journal import FOLDER, digest
-from penjing.pipeline.verification import fits_in_memory, verify
+from penjing.pipeline.verification import TOLERANCE, fits_in_memory, verify
 from runs import compress, recipe, texts
 
 SHARD = "model-00002-of-00004.safetensors"
@@ -52,6 +52,14 @@ def index(directory: Path, change: Callable[[dict[str, str]], object]) -> None:
     content = json.loads(path.read_text())
     change(content["weight_map"])
     path.write_text(json.dumps(content))
+
+
+def renew(directory: Path, answer: dict[str, torch.Tensor]) -> None:
+    """The model is said to have given `answer`, and the files to be those that lie there."""
+    with safe_open(directory / PROBE, "pt") as file:
+        digests = json.loads(file.metadata()["sha256"])
+    renewed = {name: digest(directory / name) for name in digests}
+    (directory / PROBE).write_bytes(save(answer, {"sha256": json.dumps(renewed)}))
 
 
 def add(directory: Path) -> None:
@@ -111,11 +119,31 @@ def test_harm_is_noticed(name: str, written: Path) -> None:
 def test_harm_done_before_the_digests_is_noticed_by_reading(name: str, words: str, written: Path) -> None:
     """A writer that goes wrong leaves digests of wrong files: then the tensors and the logits tell."""
     HARM[name](written)
-    with safe_open(written / PROBE, "pt") as file:
-        digests = json.loads(file.metadata()["sha256"])
-    renewed = {name: digest(written / name) for name in digests}
-    (written / PROBE).write_bytes(save(load_file(written / PROBE), {"sha256": json.dumps(renewed)}))
+    renew(written, load_file(written / PROBE))
     with pytest.raises(PenjingError, match=words):
+        verify(written, engine=False)
+
+
+def test_a_model_that_makes_much_of_little_may_differ_by_as_much(written: Path) -> None:
+    """Sharp attention turns the last bit of a sum into digits of the logits, which no reader can reproduce."""
+
+    def sharpen(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("q_proj.weight_scale"):
+                tensor.mul_(100)
+
+    for shard in written.glob("model-*.safetensors"):
+        rewrite(shard, sharpen)
+    tokens = load_file(written / PROBE)["tokens"].clone()  # the file is written anew below
+    _, logits = verification._streamed(written, tokens, False)
+    noise = verification._own_noise(written, tokens, False)
+    assert noise > 2 * TOLERANCE
+    renew(written, {"tokens": tokens, "logits": logits + noise / 2 * logits.abs().max()})
+    result = verify(written, engine=False)
+    assert result.difference == pytest.approx(noise / 2, rel=0.01)
+    assert result.tolerance == pytest.approx(noise)
+    renew(written, {"tokens": tokens, "logits": logits + 2 * noise * logits.abs().max()})
+    with pytest.raises(VerificationError, match="logits differ"):
         verify(written, engine=False)
 
 

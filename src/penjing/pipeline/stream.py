@@ -172,9 +172,12 @@ class StreamedModel:
 
     def forward(self, tokens: Tensor, dtype: torch.dtype, on_block: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states after the last block for token windows (S, T)."""
-        states = self.embed(tokens, dtype)
+        return self.through(self.embed(tokens, dtype), on_block)
+
+    def through(self, states: Tensor, on_block: Callable[[int], None] | None = None) -> Tensor:
+        """Inputs of the first block (S, T, D), replaced by what the last block makes of them."""
         for index in range(self.layout.blocks):
-            with self.block(index, dtype) as block:
+            with self.block(index, states.dtype) as block:
                 self.advance(block, index, states)
             if on_block:
                 on_block(index)

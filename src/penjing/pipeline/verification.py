@@ -33,6 +33,8 @@ TOLERANCE = 1e-4
 """Largest |logit difference| allowed, relative to the largest |logit|. Both sides compute in fp32 on the same decoded
 weights; what remains is the order of additions in another process."""
 
+_MILLIONTH, _DRAWS, _BLOCKS_ROUND_TOO = 1e-6, 3, 4
+
 _PROBE = "probe.safetensors"
 _KEPT_POSITIONS = 8
 _ONLY_READ_BACK = ("gptq", "gptq-v2", "awq")
@@ -48,6 +50,7 @@ class Verification:
     tensors     number of stored tensors, all of which were consumed
     positions   logit vectors compared
     difference  largest |logit difference| over the largest |logit|
+    tolerance   the largest difference that passes
     kl          mean KL in nats per token that the engine's own rounding of inputs adds; None where it adds none
     """
 
@@ -56,10 +59,11 @@ class Verification:
     tensors: int
     positions: int
     difference: float
+    tolerance: float = TOLERANCE
     kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": True, "tolerance": TOLERANCE}
+        return asdict(self) | {"passed": True}
 
 
 def save_probe(directory: Path, tokens: Tensor, logits: Tensor, files: Iterable[str]) -> None:
@@ -87,17 +91,26 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
     _check_files(directory, path)
     probe = load_file(path)
     tensors, logits = _read_back(directory, probe["tokens"], trust_remote_code)
-    difference = _difference("read back block by block", logits, probe["logits"])
+    answers = {"read back block by block": logits}
     how, kl = _engine_for(directory) if engine else "streamed", None
     if how == "transformers":
-        logits = _through_transformers(directory, path, trust_remote_code)
-        difference = max(difference, _difference("loaded with transformers", logits, probe["logits"]))
+        answers["loaded with transformers"] = _through_transformers(directory, path, trust_remote_code)
     if how == "onnxruntime":
         found = onnx_check.full_precision(directory, probe["tokens"], probe["logits"])
         if found is not None:
-            difference = max(difference, _difference("run by ONNX Runtime", found, probe["logits"]))
+            answers["run by ONNX Runtime"] = found
         kl = onnx_check.as_written(directory, probe["tokens"], probe["logits"])
-    return Verification(str(directory), how, tensors, len(probe["logits"]), difference, kl)
+    differences = {reader: _difference(answer, probe["logits"]) for reader, answer in answers.items()}
+    tolerance = TOLERANCE
+    if not all(difference <= TOLERANCE for difference in differences.values()):
+        tolerance = max(TOLERANCE, _own_noise(directory, probe["tokens"], trust_remote_code))
+    for reader, difference in differences.items():
+        if not difference <= tolerance:
+            raise VerificationError(
+                f"{reader}, the model's logits differ from those in memory by {difference:.2e} of the largest "
+                f"(limit {tolerance:.0e})"
+            )
+    return Verification(str(directory), how, tensors, len(probe["logits"]), max(differences.values()), tolerance, kl)
 
 
 def _engine_for(directory: Path) -> str:
@@ -169,6 +182,16 @@ def _head_of(config: Mapping[str, Any]) -> str:
 
 def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple[int, Tensor]:
     """Logits through Penjing's own reader; every stored tensor must be consumed."""
+    stream, stored, consumed = _open_stream(directory, trust_remote_code)
+    logits = _logits(stream, stream.embed(tokens, torch.float32))
+    unused = sorted(stored - consumed)
+    if unused:
+        raise VerificationError(f"{directory}: tensors that no module reads: {', '.join(unused[:8])}")
+    return len(consumed), logits
+
+
+def _open_stream(directory: Path, trust_remote_code: bool) -> tuple[StreamedModel, set[str], set[str]]:
+    """The model, the names of its stored tensors, and those read so far."""
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     consumed: set[str] = set()
 
@@ -179,13 +202,30 @@ def _streamed(directory: Path, tokens: Tensor, trust_remote_code: bool) -> tuple
     layout = layout_of(checkpoint.config, trust_remote_code=trust_remote_code)
     weights = Weights(checkpoint, layout, load)
     stream = StreamedModel(checkpoint.config, layout, weights.live, trust_remote_code=trust_remote_code)
-    states = stream.forward(tokens, torch.float32)
+    return stream, set(checkpoint.specs()), consumed
+
+
+def _logits(stream: StreamedModel, states: Tensor) -> Tensor:
+    """What a model makes of the inputs of its first block (1, T, D), which are overwritten: logits (T, V)."""
+    states = stream.through(states)
     with stream.head(torch.float32) as head:
-        logits = head(states)
-    unused = sorted(set(checkpoint.specs()) - consumed)
-    if unused:
-        raise VerificationError(f"{directory}: tensors that no module reads: {', '.join(unused[:8])}")
-    return len(consumed), logits
+        return head(states)
+
+
+def _own_noise(directory: Path, tokens: Tensor, trust_remote_code: bool) -> float:
+    """By how much rounding alone may move this model's logits, relative to the largest.
+
+    A model that was compressed beyond use can turn the last bit of a sum into the third digit of a logit. Its inputs
+    are moved by a millionth, which is what sums of some hundred fp32 products are off by, a few times over; as every
+    block rounds anew, some times the largest move is allowed. Encoders are read whole and hold 0.
+    """
+    if is_encoder(open_checkpoint(directory, trust_remote_code=trust_remote_code).config):
+        return 0.0
+    stream, _, _ = _open_stream(directory, trust_remote_code)
+    states = stream.embed(tokens, torch.float32)
+    plain, draws = _logits(stream, states.clone()), torch.Generator().manual_seed(0)
+    moved = [1 + _MILLIONTH * torch.randn(states.shape, generator=draws) for _ in range(_DRAWS)]
+    return _BLOCKS_ROUND_TOO * max(_difference(_logits(stream, states * change), plain) for change in moved)
 
 
 def _through_transformers(directory: Path, probe: Path, trust_remote_code: bool) -> Tensor:
@@ -210,12 +250,6 @@ def _through_transformers(directory: Path, probe: Path, trust_remote_code: bool)
     return logits
 
 
-def _difference(how: str, logits: Tensor, expected: Tensor) -> float:
-    logits = logits[-len(expected) :]
-    difference = float((logits - expected).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE:
-        raise VerificationError(
-            f"{how}, the model's logits differ from those in memory by {difference:.2e} of the largest "
-            f"(limit {TOLERANCE})"
-        )
-    return difference
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest |difference| over the largest |expected|, of the last positions."""
+    return float((logits[-len(expected) :] - expected).abs().max() / expected.abs().max())
