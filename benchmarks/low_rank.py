@@ -53,6 +53,12 @@ RUNS: dict[str, Steps] = {
     "lqer on rtn, 3 bits, groups of 128, rank 16": [
         {"method": "lqer", "group_size": 128, "rank": 16, "base": "rtn", **THREE}
     ],
+    "lqer on gptq, 3 bits, groups of 128, rank 16, 4 rounds": [
+        {"method": "lqer", "group_size": 128, "rank": 16, "rounds": 4, **THREE}
+    ],
+    "lqer on rtn, 3 bits, groups of 128, rank 16, 4 rounds": [
+        {"method": "lqer", "group_size": 128, "rank": 16, "base": "rtn", "rounds": 4, **THREE}
+    ],
     # the embedding alone, which is also the output head
     "embedding: rtn, 4 bits, groups of 64": [{"method": "rtn", "bits": 4, "group_size": 64, **TABLE}],
     "embedding: svd, rank 144": [{"method": "svd", "rank": 144, **TABLE}],

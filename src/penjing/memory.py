@@ -7,7 +7,8 @@ import gc
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,16 @@ def configure_heap() -> None:
 @cache
 def _of_the_c_library(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Without the garbage collector, for short work that makes no garbage, such as importing torch: a tenth faster."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class PeakMemory:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from penjing import api
 from penjing.checkpoint import open_checkpoint, write_bytes
 from penjing.errors import PlanError
-from penjing.methods import METHODS
 from penjing.methods.base import Method, Options, Remake
+from penjing.methods.quantization import table
 from penjing.pipeline import stages
 from penjing.pipeline.stages import RemakeTask
 from runs import compress, recipe, texts
@@ -57,7 +57,7 @@ def calls(monkeypatch) -> list[RemakeTask]:
 
     remake = Doubling(config=config, keeps_zeros=lambda options: options.sparse)
     doubling = Method("doubling", "twice as large", "none", DoublingOptions, remake=remake)
-    monkeypatch.setitem(METHODS, "doubling", doubling)
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE, doubling))
     monkeypatch.setitem(stages.MAKERS, Doubling, make)
     return made
 

@@ -26,11 +26,13 @@ from penjing.cli.options import (
     TrustOption,
 )
 from penjing.cli.output import show, working
+from penjing.memory import nothing_collected
 
 if TYPE_CHECKING:
     from penjing.recipe import Recipe
 
 
+@nothing_collected()
 def inspect(model: ModelArgument, as_json: JsonOption = False, trust_remote_code: TrustOption = False) -> None:
     """Show what a model is made of; reads headers, no weights."""
     from penjing import api, tables
@@ -40,6 +42,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False, trust_remote_code
     show(result.as_dict(), tables.inspection, as_json)
 
 
+@nothing_collected()
 def list_(what: Annotated[Listing, typer.Argument(help="what to list")], as_json: JsonOption = False) -> None:
     """List what Penjing knows."""
     from penjing import tables
@@ -47,6 +50,7 @@ def list_(what: Annotated[Listing, typer.Argument(help="what to list")], as_json
     show(tables.LISTINGS[what](), tables.listing, as_json)
 
 
+@nothing_collected()
 def plan(
     model: ModelArgument,
     recipe: RecipeOption,

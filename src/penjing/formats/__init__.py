@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, get_args
 
 from penjing.errors import FormatError, PenjingError
-from penjing.formats.awq import AWQFormat
 from penjing.formats.base import Format
-from penjing.formats.bitsandbytes import BitsAndBytesFormat
-from penjing.formats.compressed_tensors import CompressedTensorsFormat
-from penjing.formats.gguf import GGUFFormat
-from penjing.formats.gptq import GPTQFormat
-from penjing.formats.hf_dense import DenseFormat
-from penjing.formats.native import NativeFormat
-from penjing.formats.onnx import OnnxFormat
 from penjing.models.layout import ModuleSpec
 from penjing.numerics.float_grids import Element, FloatGrid
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Scheme
 
-FORMATS: dict[str, Format] = {
-    format_.name: format_
-    for format_ in (
-        DenseFormat(),
-        CompressedTensorsFormat(),
-        GPTQFormat(1),
-        GPTQFormat(2),
-        AWQFormat(),
-        BitsAndBytesFormat(),
-        GGUFFormat(),
-        OnnxFormat(),
-        NativeFormat(),
-    )
+_CLASSES: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "dense": ("hf_dense", "DenseFormat", ()),
+    "compressed-tensors": ("compressed_tensors", "CompressedTensorsFormat", ()),
+    "gptq": ("gptq", "GPTQFormat", (1,)),
+    "gptq-v2": ("gptq", "GPTQFormat", (2,)),
+    "awq": ("awq", "AWQFormat", ()),
+    "bitsandbytes": ("bitsandbytes", "BitsAndBytesFormat", ()),
+    "gguf": ("gguf", "GGUFFormat", ()),
+    "onnx": ("onnx", "OnnxFormat", ()),
+    "native": ("native", "NativeFormat", ()),
 }
-"""Every format Penjing can write, by the name a recipe uses."""
+"""Name -> module, class, and what the class is made with."""
+
+
+class _Formats(Mapping[str, Format]):
+    """Every format Penjing can write, by the name a recipe uses; each is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Format:
+        return _made(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+@lru_cache
+def _made(name: str) -> Format:
+    module, kind, arguments = _CLASSES[name]
+    made: Format = getattr(import_module(f"penjing.formats.{module}"), kind)(*arguments)
+    return made
+
+
+FORMATS = _Formats()
 
 _READ = {
     "compressed-tensors": "compressed-tensors",

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from penjing.engines.latency import StepTime, machine_words, step_times
 from penjing.errors import PlanError
 from penjing.methods.base import Size
 from penjing.methods.pruning.sizes import BlockOptions, TargetOptions, parse_count, sizes_of_depth
@@ -20,10 +19,13 @@ from penjing.models.layout import Layout
 from penjing.models.shorter import shortened
 from penjing.recipe import Recipe, Step, load_recipe
 
+if TYPE_CHECKING:
+    from penjing.engines.latency import StepTime
+
 _POINTS = 9
 """Widths that are measured between the full one and the smallest; between them, times lie on straight lines."""
 
-Times = Callable[[Sequence[Mapping[str, Any]]], Sequence[StepTime]]
+Times = Callable[[Sequence[Mapping[str, Any]]], "Sequence[StepTime]"]
 """Times of models by config.json, the full one first."""
 
 
@@ -35,7 +37,13 @@ class Settled:
     notes: tuple[str, ...] = ()
 
 
-def settle(recipe: Recipe, config: Mapping[str, Any], layout: Layout, *, times: Times = step_times) -> Settled:
+def _times_here(configs: Sequence[Mapping[str, Any]]) -> Sequence[StepTime]:
+    from penjing.engines.latency import step_times  # a plan that asks for no time does not wait for the engines
+
+    return step_times(configs)
+
+
+def settle(recipe: Recipe, config: Mapping[str, Any], layout: Layout, *, times: Times = _times_here) -> Settled:
     """Work out every `speedup`, and `sparsity` and `params` of steps that remove blocks.
 
     A speed-up is over the model that the step is given. Nothing is measured unless one is asked for and the table has
@@ -166,6 +174,8 @@ def _faster(
     speedup: float, sizes: Sequence[Size], what: str, config: Mapping[str, Any], layout: Layout, times: Times
 ) -> tuple[Mapping[str, Any], str]:
     """The largest model that decodes so many times faster, by the table."""
+    from penjing.engines.latency import machine_words
+
     seconds, before = _seconds(sizes, config, layout, times)
     fast = (place for place, one in enumerate(seconds) if before >= speedup * one and _sayable(sizes[place]))
     place = next(fast, None)
