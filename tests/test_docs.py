@@ -119,9 +119,9 @@ def test_reference_pages_follow_the_code() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tables_of_pruning_follow_the_results() -> None:
+def test_tables_follow_the_results() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/pruning_tables.py", "--check"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, ROOT / "scripts/result_tables.py", "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
 

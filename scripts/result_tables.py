@@ -1,7 +1,7 @@
-"""Fill the tables of docs/guides/pruning-measured.md from benchmarks/results.
+"""Fill the marked tables of docs/guides from benchmarks/results.
 
-python scripts/pruning_tables.py           write the tables
-python scripts/pruning_tables.py --check   fail when the page differs from what would be written
+python scripts/result_tables.py           write the tables
+python scripts/result_tables.py --check   fail when a page differs from what would be written
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "guides" / "pruning-measured.md"
+PAGES = ROOT / "docs" / "guides"
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"<!-- table:(\w+) -->.*?<!-- /table -->", re.DOTALL)
 RECOVERED = ", recovered"
@@ -78,13 +78,51 @@ def chain(found: dict[str, Any]) -> list[str]:
     return [*_table(["model", "perplexity", "KL", "bytes of weights"], rows), "", said]
 
 
+def equal_size(found: dict[str, Any]) -> list[str]:
+    """Low rank, weight sharing, embeddings and hybrids: what is left at which size."""
+    rows = [
+        [
+            name,
+            f"{run['bits_per_weight']:.2f}" if run["bits_per_weight"] else "",
+            f"{run['file_bytes'] / 1e6:.1f} MB",
+            f"{run['perplexity']:,.2f}" if run["perplexity"] < 10**5 else f"{run['perplexity']:.0e}",
+            f"{run['kl']:.3f}",
+        ]
+        for name, run in sorted(found["runs"].items(), key=lambda row: -row[1]["file_bytes"])
+    ]
+    dense = f"Dense: {found['dense_perplexity']:.2f}."
+    head = ["recipe", "bits per changed weight", "bytes of the model", "perplexity", "KL"]
+    return [*_table(head, rows), "", f"{dense} {_texts(found)}"]
+
+
+def mixtures(found: dict[str, Any]) -> list[str]:
+    """One choice for all linears, and the mixture of all choices in the same bytes."""
+    rows = [
+        [name, f"{run['bytes']:,}", f"{run['perplexity']:.2f}", f"{run['kl']:.3f}"]
+        for name, run in found["runs"].items()
+    ]
+    made = [
+        f"{name}: " + ", ".join(f"{count} of {choice}" for choice, count in counts.items())
+        for name, counts in found["mixtures"].items()
+    ]
+    first = next(iter(found["runs"].values()))
+    said = f"Dense: {found['dense_perplexity']:.2f}. Units of each choice in the mixtures: {'; '.join(made)}."
+    return [*_table(["choice", "bytes", "perplexity", "KL"], rows), "", f"{said} {_texts(found | first)}"]
+
+
+def _texts(found: dict[str, Any]) -> str:
+    return f"Calibration: {found['calibration']}. Evaluation: {found['evaluation']}."
+
+
 TABLES = {
     "masks": (masks, ("pruning", "pruning_stories")),
     "removed": (removed, ("structured", "structured_stories")),
     "decode": (decode, ("cut_decode",)),
     "chain": (chain, ("chain", "chain_stories")),
+    "equal_size": (equal_size, ("low_rank",)),
+    "mixtures": (mixtures, ("allocation",)),
 }
-"""Mark in the page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
+"""Mark in a page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -108,12 +146,13 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Write, or check."""
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = filled(page)
-    if "--check" not in sys.argv:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif page != wanted:
-        sys.exit(f"{PAGE.name} does not show what benchmarks/results holds: run scripts/pruning_tables.py")
+    for path in sorted(PAGES.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        wanted = filled(page)
+        if "--check" not in sys.argv:
+            path.write_text(wanted, encoding="utf-8")
+        elif page != wanted:
+            sys.exit(f"{path.name} does not show what benchmarks/results holds: run scripts/result_tables.py")
 
 
 if __name__ == "__main__":
