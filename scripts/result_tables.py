@@ -110,6 +110,21 @@ def mixtures(found: dict[str, Any]) -> list[str]:
     return [*_table(["choice", "bytes", "perplexity", "KL"], rows), "", f"{said} {_texts(found | first)}"]
 
 
+def products(found: dict[str, Any]) -> list[str]:
+    """Matrix times vector in formats of few bits: how many times as fast as with dense bf16 weights."""
+    shapes = {f"{shape} ({size})": row for size, rows in found["linears"].items() for shape, row in rows.items()}
+    forms = [form for form in next(iter(shapes.values())) if form != "bf16"]
+    rows = [
+        [form, *(f"{row[form]['times_as_fast_as_bf16']:.1f}" if form in row else "" for row in shapes.values())]
+        for form in forms
+    ]
+    threads = found["hardware"]["threads"]
+    said = (
+        f"Fastest of {found['rounds']} rounds, {threads} thread{'s' * (threads > 1)}, {found['hardware']['processor']}."
+    )
+    return [*_table(["weights", *shapes], rows), "", said]
+
+
 def _texts(found: dict[str, Any]) -> str:
     return f"Calibration: {found['calibration']}. Evaluation: {found['evaluation']}."
 
@@ -121,6 +136,7 @@ TABLES = {
     "chain": (chain, ("chain", "chain_stories")),
     "equal_size": (equal_size, ("low_rank",)),
     "mixtures": (mixtures, ("allocation",)),
+    "products": (products, ("binary_gemv",)),
 }
 """Mark in a page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
 
@@ -138,7 +154,8 @@ def filled(page: str) -> str:
         for path in (RESULTS / f"{name}.json" for name in names):
             if path.is_file():
                 found = json.loads(path.read_text(encoding="utf-8"))
-                lines += ["", f"**{MODELS.get(found.get('model'), MODELS['demo'])}**", "", *show(found)]
+                title = [] if "linears" in found else ["", f"**{MODELS.get(found.get('model'), MODELS['demo'])}**"]
+                lines += [*title, "", *show(found)]
         return "\n".join([f"<!-- table:{match[1]} -->", *lines, "", "<!-- /table -->"])
 
     return MARKED.sub(body, page)
