@@ -78,8 +78,10 @@ RUNS: dict[str, Steps] = {
 }
 """Name -> steps, in the order in which they are measured."""
 
-BUDGETS = {"svd-llm, 0.8, ranks by budget": ("svd-llm", EIGHT), "svd-llm, 0.9, ranks by budget": ("svd-llm", NINE)}
-"""Name -> method and keys of a step of which `penjing ranks` makes one step per rank, with as many parameters."""
+RANKS = {
+    f"svd-llm, {keys['ratio']}, ranks by {by}": (keys, by) for keys in (EIGHT, NINE) for by in ("output", "gradient")
+}
+"""Name -> keys of a step of which `penjing ranks` makes one step per rank for as many parameters, and what it goes by."""
 
 HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "drop-refit-quantise", "deep-compression", "tied-4bit")
 """Built-in recipes of more than one family, with the calibration text of this benchmark."""
@@ -94,7 +96,7 @@ def main() -> None:
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
     chosen = [
-        name for name in (*RUNS, *BUDGETS, *HYBRIDS) if not options.only or any(word in name for word in options.only)
+        name for name in (*RUNS, *RANKS, *HYBRIDS) if not options.only or any(word in name for word in options.only)
     ]
     missing = [name for name in chosen if name not in result["runs"]]
     if not missing:
@@ -121,10 +123,10 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
     calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
     if name in HYBRIDS:
         return load_recipe(load_recipe(name).as_dict() | {"calibration": calibration})
-    method, keys = BUDGETS.get(name, ("", {}))
-    steps = [{"method": method, **keys}] if method else RUNS[name]
+    keys, by = RANKS.get(name, ({}, None))
+    steps = RUNS[name] if by is None else [{"method": "svd-llm", **keys}]
     recipe = load_recipe({"version": 1, "format": "native", "steps": steps, "calibration": calibration})
-    return api.ranks(options.model, recipe, ratio=keys["ratio"]).recipe if method else recipe
+    return recipe if by is None else api.ranks(options.model, recipe, ratio=keys["ratio"], by=by).recipe
 
 
 def measured(

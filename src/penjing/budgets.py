@@ -12,7 +12,7 @@ from penjing.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from penjing.pipeline.allocation import Allocation
-    from penjing.pipeline.ranks import Ranks
+    from penjing.pipeline.ranks import RankLoss, Ranks
     from penjing.pipeline.sensitivity import Sensitivity
     from penjing.pipeline.sparsities import Sparsities, SparsityRule
     from penjing.pipeline.walk import Progress
@@ -114,6 +114,7 @@ def ranks(
     *,
     ratio: float | None = None,
     energy: float | None = None,
+    by: RankLoss = "gradient",
     output: str | Path | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
@@ -122,6 +123,7 @@ def ranks(
 
     ratio   parameters of those linears, over what they were: the least summed loss that fits
     energy  or else the share of every linear's squared output that is kept
+    by      how losses are estimated for a ratio: from gradients of the model's predictions, or by output error
     output  a new file for the recipe, in YAML
 
     Raises PlanError when nothing fits, OutputError when the file exists.
@@ -137,6 +139,7 @@ def ranks(
         load_recipe(recipe),
         ratio=ratio,
         energy=energy,
+        by=by,
         progress=progress,
         trust_remote_code=trust_remote_code,
     )

@@ -182,6 +182,9 @@ def sparsities(result: Mapping[str, Any]) -> Group:
     return Group(table, "", facts(totals))
 
 
+_RANK_LOSSES = {"output": "of squared outputs", "gradient": "nats per token, expected from gradients"}
+
+
 def ranks(result: Mapping[str, Any]) -> Group:
     """Output of `Ranks.as_dict()`: a line per kind of linear with its lowest and highest rank."""
     table = _table("linears", "lowest rank", "highest", "left dense")
@@ -193,7 +196,7 @@ def ranks(result: Mapping[str, Any]) -> Group:
     totals = {
         "parameters kept": f"{result['parameters_kept'] / result['parameters']:.1%} of these linears",
         "predicted size": readable_bytes(result["predicted_bytes"]),
-        "loss": f"{result['loss']:.4g}, shares of squared outputs, summed",
+        "loss": f"{result['loss']:.4g} {_RANK_LOSSES[result['by']]}, summed",
     }
     return Group(table, "", facts(totals))
 

@@ -17,11 +17,12 @@ def short_texts(tmp_path_factory):
     return texts(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.mark.parametrize("by", ["gradient", "output"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_the_budget_holds_and_the_recipe_runs(family, tiny_model, short_texts, tmp_path):
+def test_the_budget_holds_and_the_recipe_runs(family, by, tiny_model, short_texts, tmp_path):
     model, file = tiny_model(family), tmp_path / "ranks.yaml"
     wanted = recipe(short_texts, SVD, {"method": "rtn", "targets": ["linear"], "group_size": 8}, format="native")
-    found = api.ranks(model, wanted, ratio=0.6, output=file)
+    found = api.ranks(model, wanted, ratio=0.6, by=by, output=file)
     before, after = found.parameters
     assert 0.5 * before < after <= 0.6 * before
     assert load_recipe(file) == found.recipe

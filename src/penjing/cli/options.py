@@ -59,6 +59,13 @@ class SensitivityName(StrEnum):
     kl = "kl"
 
 
+class RankLossName(StrEnum):
+    """How `penjing ranks` estimates losses."""
+
+    gradient = "gradient"
+    output = "output"
+
+
 class SparsityName(StrEnum):
     """How `penjing distribute` tells blocks or linears apart."""
 

@@ -25,11 +25,12 @@ from penjing.models.layout import Layout
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.choices import Choice
 from penjing.pipeline.evolution import Database, Mixtures
+from penjing.pipeline.gradients import PROBE_LENGTH
 from penjing.pipeline.menu import Menu
 from penjing.pipeline.prices import WORDS, Budget, Prices, blocks_of, prices
 from penjing.pipeline.removals import losses_without
 from penjing.pipeline.rewritten import RewrittenCheckpoint
-from penjing.pipeline.sensitivity import PROBE_LENGTH, PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
+from penjing.pipeline.sensitivity import PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import TextSource
 from penjing.planning import Plan, make_plan

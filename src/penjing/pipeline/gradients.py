@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from penjing.models import find
 from penjing.pipeline.stream import StreamedModel, batches
+from penjing.statistics import Gram
 
 SEED = 0
 """Of the labels that are drawn."""
+
+GRADIENT_WINDOWS, PROBE_LENGTH = 16, 256
+"""Text that gradients are taken on, the start of the first calibration windows: some three forward passes over it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,31 @@ def squared_gradients(
             found[prefix + name] = _summed(squares.get(name, [never]))
     progress("gradients", 2 * blocks, 2 * blocks, "")
     return found
+
+
+def weighted_grams(
+    stream: StreamedModel, index: int, states: Tensor, names: Sequence[str], gradients: Mapping[str, SquaredGradients]
+) -> dict[str, Gram]:
+    """Gram matrices of the inputs of linears in a block, where a token counts as much as its squared gradients.
+
+    states     (S, T, D) before the block, of the windows that `gradients` come from; they go through the block
+    names      of the linears, inside the block
+    gradients  by full names
+    """
+    prefix = f"{stream.layout.block_name(index)}."
+    grams = {name: Gram(stream.layout.by_name[prefix + name].shape[1]) for name in names}
+
+    def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs, gram = args[0].reshape(-1, args[0].shape[-1]), grams[name]
+        weights = gradients[prefix + name].tokens[gram.tokens : gram.tokens + len(inputs)]
+        gram.update(inputs * weights.sqrt().unsqueeze(1))
+
+    with stream.block(index, torch.float32) as block:
+        hooks = [find(block, name).register_forward_pre_hook(partial(see, name)) for name in names]
+        stream.advance(block, index, states)
+        for hook in hooks:
+            hook.remove()
+    return grams
 
 
 def _summed(squares: Sequence[Tensor]) -> SquaredGradients:

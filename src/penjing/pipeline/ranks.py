@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -14,11 +14,18 @@ from torch import Tensor
 from penjing.checkpoint.base import Checkpoint
 from penjing.errors import PlanError
 from penjing.methods.low_rank.options import RankOptions
-from penjing.methods.low_rank.ranks import Spectrum, by_budget, by_energy, spectrum
+from penjing.methods.low_rank.ranks import Spectrum, by_budget, by_energy, expected_losses, spectrum
 from penjing.models import find
 from penjing.models.layout import Layout
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.cache import BlockCache
+from penjing.pipeline.gradients import (
+    GRADIENT_WINDOWS,
+    PROBE_LENGTH,
+    SquaredGradients,
+    squared_gradients,
+    weighted_grams,
+)
 from penjing.pipeline.observe import EnoughSeen, Observer
 from penjing.pipeline.patterns import patterns
 from penjing.pipeline.sensitivity import unseen
@@ -32,6 +39,9 @@ from penjing.targets import selected
 
 Progress = Callable[[str, int, int, str], None]
 
+RankLoss = Literal["gradient", "output"]
+"""What a rank loses: nats per token expected from gradients, or the share of the squared output left out."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -42,6 +52,7 @@ class Ranks:
     chosen      unit -> its rank; None: dense. A unit is a linear, or all experts of one kind in a block
     spectra     unit -> what ranks lose
     parameters  of all units as they were, and with the ranks chosen
+    by          how losses were estimated
     """
 
     recipe: Recipe
@@ -49,10 +60,11 @@ class Ranks:
     chosen: Mapping[str, int | None]
     spectra: Mapping[str, Spectrum]
     parameters: tuple[int, int]
+    by: RankLoss
 
     @property
     def loss(self) -> float:
-        """Share of the squared output left out, summed over linears."""
+        """What the ranks lose by the estimate that chose them, summed over linears."""
         return sum(self.spectra[unit].loss(rank) for unit, rank in self.chosen.items())
 
     def recipe_text(self) -> str:
@@ -66,6 +78,7 @@ class Ranks:
             "parameters": self.parameters[0],
             "parameters_kept": self.parameters[1],
             "predicted_bytes": self.plan.bytes,
+            "by": self.by,
             "loss": self.loss,
             "ranks": dict(self.chosen),
             "recipe": self.recipe.as_dict(),
@@ -79,13 +92,15 @@ def choose_ranks(
     *,
     ratio: float | None,
     energy: float | None,
+    by: RankLoss = "gradient",
     progress: Progress,
     trust_remote_code: bool = False,
 ) -> Ranks:
     """Measure, choose, and write the recipe, in which the first step of low rank becomes one per rank.
 
-    ratio   parameters of all its linears, over what they were; or else
+    ratio   parameters of all its linears, over what they were, for the least summed loss; or else
     energy  share of each linear's squared output that is kept
+    by      what is lost, for a ratio
 
     Raises PlanError without such a step, or when nothing fits.
     """
@@ -95,7 +110,9 @@ def choose_ranks(
     number, step = _step_of(recipe)
     members = _units(layout, selected(step, layout))
     tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
-    spectra = _measure(checkpoint, layout, members, tokens, progress, trust_remote_code)
+    by = "output" if energy is not None else by
+    walk = _Walk(checkpoint, layout, tokens, by, progress, trust_remote_code)
+    spectra = walk.spectra(members)
     options = step.options
     assert isinstance(options, RankOptions)
     units, whole = list(members), sum(one.parameters(None) for one in spectra.values())
@@ -108,7 +125,7 @@ def choose_ranks(
     final = _written(recipe, number, layout, members, chosen)
     kept = sum(spectra[unit].parameters(rank) for unit, rank in chosen.items())
     plan = make_plan(checkpoint, layout, final, trust_remote_code=trust_remote_code)
-    return Ranks(final, plan, chosen, spectra, (whole, kept))
+    return Ranks(final, plan, chosen, spectra, (whole, kept), by)
 
 
 def _step_of(recipe: Recipe) -> tuple[int, Step]:
@@ -129,43 +146,73 @@ def _units(layout: Layout, names: list[str]) -> dict[str, list[str]]:
     return units
 
 
-def _measure(
-    checkpoint: Checkpoint,
-    layout: Layout,
-    members: Mapping[str, list[str]],
-    tokens: Tensor,
-    progress: Progress,
-    trust_remote_code: bool,
-) -> dict[str, Spectrum]:
-    """Spectra of all units, in one walk over the dense model."""
-    stream = StreamedModel(
-        checkpoint.config, layout, Weights(checkpoint, layout).live, trust_remote_code=trust_remote_code
-    )
-    cache, states = BlockCache(checkpoint), stream.embed(tokens, compute_dtype())
-    losses: dict[str, Tensor] = {}
-    for index in range(layout.blocks):
-        prefix = f"{layout.block_name(index)}."
-        progress("measure spectra", index, layout.blocks, prefix.rstrip("."))
-        inside = [name for names in members.values() for name in names if name.startswith(prefix)]
-        with stream.block(index, states.dtype) as block:
-            needs = {name.removeprefix(prefix): [Gram] for name in inside}
-            with Observer(block, find, needs) as observer:
+class _Walk:
+    """One pass over the dense model, and one there and back on part of the text where gradients count."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        tokens: Tensor,
+        by: RankLoss,
+        progress: Progress,
+        trust_remote_code: bool,
+    ) -> None:
+        self.layout, self.tokens, self.progress, self.by = layout, tokens, progress, by
+        self._cache = BlockCache(checkpoint)
+        source = Weights(checkpoint, layout).live
+        self._stream = StreamedModel(checkpoint.config, layout, source, trust_remote_code=trust_remote_code)
+        self._gradients: Mapping[str, SquaredGradients] = {}
+
+    def spectra(self, members: Mapping[str, list[str]]) -> dict[str, Spectrum]:
+        """Unit -> what ranks lose."""
+        inside: dict[int, list[str]] = {}
+        for name in (name for names in members.values() for name in names):
+            index = self.layout.by_name[name].block
+            assert index is not None  # units are linears of blocks
+            inside.setdefault(index, []).append(name.removeprefix(f"{self.layout.block_name(index)}."))
+        probe_tokens = self.tokens[:GRADIENT_WINDOWS, :PROBE_LENGTH]
+        probe = None
+        if self.by == "gradient":
+            self._gradients = squared_gradients(self._stream, probe_tokens, inside, self.progress)
+            probe = self._stream.embed(probe_tokens, torch.float32)
+        states = self._stream.embed(self.tokens, compute_dtype())
+        losses: dict[str, Tensor] = {}
+        for index in range(self.layout.blocks):
+            self.progress("measure spectra", index, self.layout.blocks, self.layout.block_name(index))
+            losses |= self._block(index, states, probe, inside.get(index, []))
+            self._cache.clear()
+        self.progress("measure spectra", self.layout.blocks, self.layout.blocks, "")
+        return {
+            unit: Spectrum(
+                _shape(self.layout, names[0]), len(names), torch.stack([losses[name] for name in names]).sum(0)
+            )
+            for unit, names in members.items()
+        }
+
+    def _block(self, index: int, states: Tensor, probe: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
+        """Losses by rank of the linears `names` of a block; all states go through it."""
+        prefix = f"{self.layout.block_name(index)}."
+        with self._stream.block(index, states.dtype) as block:
+            with Observer(block, find, {name: [Gram] for name in names}) as observer:
                 for batch in batches(states):
                     observer.start_forward()
                     with suppress(EnoughSeen):
-                        stream.run(block, index, batch)
-            stream.advance(block, index, states)
-        for name in inside:
-            module = layout.by_name[name]
-            stored = cache.load(f"{name}.weight")
-            seen = observer.statistics.get(name.removeprefix(prefix)) or unseen([Gram], module.shape[1])
-            losses[name] = spectrum(stored.T if module.transposed else stored, seen[Gram].value)
-        cache.clear()
-    progress("measure spectra", layout.blocks, layout.blocks, "")
-    return {
-        unit: Spectrum(_shape(layout, names[0]), len(names), torch.stack([losses[name] for name in names]).sum(0))
-        for unit, names in members.items()
-    }
+                        self._stream.run(block, index, batch)
+            self._stream.advance(block, index, states)
+        weighted = {} if probe is None else weighted_grams(self._stream, index, probe, names, self._gradients)
+        losses: dict[str, Tensor] = {}
+        for name in names:
+            module = self.layout.by_name[prefix + name]
+            stored = self._cache.load(f"{prefix}{name}.weight")
+            weight = stored.T if module.transposed else stored
+            gram = (observer.statistics.get(name) or unseen([Gram], module.shape[1]))[Gram].value
+            if probe is None:
+                losses[prefix + name] = spectrum(weight, gram)
+                continue
+            seen, count = self._gradients[prefix + name], probe.shape[0] * probe.shape[1]
+            losses[prefix + name] = expected_losses(weight, gram, weighted[name].value, seen.outputs, count)
+        return losses
 
 
 def _shape(layout: Layout, name: str) -> tuple[int, int]:

@@ -22,7 +22,13 @@ from penjing.numerics.finite import all_finite
 from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors
 from penjing.pipeline.cache import BlockCache
-from penjing.pipeline.gradients import SquaredGradients, squared_gradients
+from penjing.pipeline.gradients import (
+    GRADIENT_WINDOWS,
+    PROBE_LENGTH,
+    SquaredGradients,
+    squared_gradients,
+    weighted_grams,
+)
 from penjing.pipeline.observe import EnoughSeen, Observer
 from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.stream import StreamedModel, batches
@@ -34,11 +40,8 @@ from penjing.statistics import Gram, Statistics, StatisticType, compares
 
 Sensitivity = Literal["output", "gradient", "kl"]
 
-PROBE_WINDOWS, PROBE_LENGTH = 4, 256
-"""Text on which gradients and divergences are measured: the start of the first calibration windows."""
-
-GRADIENT_WINDOWS = 16
-"""Gradients cost some three forward passes in all, whatever the number of units, so they can see more text."""
+PROBE_WINDOWS = 4
+"""Windows of `PROBE_LENGTH` on which divergences are measured: a forward pass for every unit."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class SensitivityWalk:
         """Loss by unit and choice; nats per token for `gradient` and `kl`, a ratio for `output`."""
         windows = GRADIENT_WINDOWS if self.question.by == "gradient" else PROBE_WINDOWS
         probe_tokens = self.tokens[:windows, :PROBE_LENGTH]
+        self._seen = probe_tokens.numel()
         if self.question.by == "gradient":
             self._gradients = squared_gradients(self.stream, probe_tokens, self._linears(), self.progress)
         probe = None if self.question.by == "output" else self.stream.embed(probe_tokens, torch.float32)
@@ -141,7 +145,7 @@ class SensitivityWalk:
             self.stream.advance(block, index, states)
         weighted: Mapping[str, Gram] = {}
         if probe is not None and self.question.by == "gradient":
-            weighted = self._weigh(index, probe, list(statistics))
+            weighted = weighted_grams(self.stream, index, probe, list(statistics), self._gradients)
         measured = [self._part(unit, prefix, names, statistics, weighted) for unit, names in parts]
         if probe is not None and self.question.by == "kl":
             self._advance_probes(index, probe, [part for part in measured if any(part.errors)])
@@ -181,24 +185,6 @@ class SensitivityWalk:
         plan, row = self.question.plans[choice], self._rows[choice].get(name)
         steps = [] if plan is None or row is None else [plan.recipe.steps[number] for number in row.steps]
         return [step for step in steps if step.definition.linear is not None]
-
-    def _weigh(self, index: int, states: Tensor, names: Sequence[str]) -> dict[str, Gram]:
-        """Gram matrices of inputs in which a token counts as its gradient says; `states` go through the block."""
-        prefix = f"{self.layout.block_name(index)}."
-        grams = {name: Gram(self.layout.by_name[prefix + name].shape[1]) for name in names}
-
-        def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs, gram = args[0].reshape(-1, args[0].shape[-1]), grams[name]
-            weights = self._gradients[prefix + name].tokens[gram.tokens : gram.tokens + len(inputs)]
-            gram.update(inputs * weights.sqrt().unsqueeze(1))
-
-        with self.stream.block(index, torch.float32) as block:
-            hooks = [find(block, name).register_forward_pre_hook(partial(see, name)) for name in names]
-            self.stream.advance(block, index, states)
-            for hook in hooks:
-                hook.remove()
-        self._seen = states.shape[0] * states.shape[1]
-        return grams
 
     def _part(
         self,

@@ -7,7 +7,7 @@ import torch
 
 import naive
 from penjing.errors import PlanError
-from penjing.methods.low_rank.ranks import Spectrum, by_budget, by_energy, spectrum
+from penjing.methods.low_rank.ranks import Spectrum, by_budget, by_energy, expected_losses, spectrum
 from penjing.methods.low_rank.svd_llm import svd_llm
 
 
@@ -28,6 +28,19 @@ def test_spectra_are_the_losses_of_svd_llm(shape, tokens):
         lost = naive.loss(weight, svd_llm(weight, gram, rank, torch.float32).dense(), gram)
         assert float(losses[rank]) == pytest.approx(lost / total, rel=1e-3, abs=1e-7)
     assert (spectrum(torch.zeros(shape), gram) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(14, 10), (8, 12)])
+def test_expected_losses_are_those_of_what_svd_llm_makes(shape):
+    inputs, counted = naive.correlated(200, shape[1]).double(), torch.rand(200, 1, dtype=torch.float64) ** 4
+    weight, gram, weighted = naive.random_weight(*shape), inputs.T @ inputs, (inputs * counted).T @ inputs
+    shares = torch.rand(shape[0], dtype=torch.float64)
+    losses = expected_losses(weight, gram, weighted, shares / shares.sum(), 200)
+    assert len(losses) == min(shape) + 1 and losses[-1] == 0
+    for rank in range(1, min(shape)):
+        lost = weight.double() - svd_llm(weight, gram, rank, torch.float32).dense().double()
+        naively = float((counted * (inputs @ lost.T) ** 2 * shares / shares.sum()).sum()) / 400
+        assert float(losses[rank]) == pytest.approx(naively, rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -2,7 +2,14 @@
 
 With U_r the top eigenvectors of W G W^T (see `svd_llm`), rank r leaves the sum of all further eigenvalues as squared
 error of the output. Over their sum, these are the shares that a rank loses; all shares of all matrices follow from
-one decomposition each, and nothing has to be tried out. Two ways to choose:
+one decomposition each, and nothing has to be tried out. A share says how damaged an output is, not whether anyone
+cares. That the gradients of the model's predictions know: with the squares of those that reach an output (r_i, a share
+per output) and a token (a, their sum), rank r is expected to cost
+
+    1/(2 tokens) sum_i r_i (D H_a D^T)_ii = 1/(2 tokens) sum_(k, l > r) A_kl B_kl        nats per token
+
+with D = (1 - U_r U_r^T) W, H_a = sum a x x^T, A = U^T diag(r) U and B = U^T W H_a W^T U (see
+`methods.allocation.sensitivity`): again one decomposition for all ranks. Two ways to choose:
 
     energy   for every matrix the smallest rank that keeps a share of the squared output
     budget   the ranks with the least summed loss whose parameters fit: the multiple-choice knapsack with the options
@@ -16,7 +23,8 @@ Worked example: a 4 x 4 and an 8 x 8 matrix with spectra (.9, .1, 0, 0) and (.4,
 takes 8 and 16 parameters. For 40 parameters, rank 1 and 2 leave .1 + .3; dense and 1 take 32 and leave 0 + .6: (1,
 2).
 
-Source: Eckart, Young 1936, and the knapsack of `methods.allocation`; one ratio for all is what arXiv:2403.07378 uses.
+Source: Eckart, Young 1936, and the knapsack and the Fisher information of `methods.allocation`; one ratio for all is
+what arXiv:2403.07378 uses.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ import torch
 from torch import Tensor
 
 from penjing.methods.allocation.knapsack import knapsack
+from penjing.methods.low_rank.svd_llm import output_basis
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Spectrum:
 
     shape   (N, K)
     count   how many matrices
-    losses  fp64 (min(N, K) + 1,): share of the squared output that rank 0, 1, ... leaves out, summed over the matrices
+    losses  fp64 (min(N, K) + 1,): what rank 0, 1, ... loses, summed over the matrices
     """
 
     shape: tuple[int, int]
@@ -54,7 +63,7 @@ class Spectrum:
         return [*range(multiple, -(-rows * columns // (rows + columns)), multiple), None]
 
     def loss(self, rank: int | None) -> float:
-        """The share left out."""
+        """The share left out, or the nats per token expected."""
         return 0.0 if rank is None else float(self.losses[min(rank, len(self.losses) - 1)])
 
 
@@ -68,6 +77,21 @@ def spectrum(weight: Tensor, gram: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(weight @ gram @ weight.T).clamp(min=0).flip(0)
     left = torch.nn.functional.pad(values.flip(0).cumsum(0).flip(0), (0, 1))
     return left / left[0] if left[0] > 0 else left
+
+
+def expected_losses(weight: Tensor, gram: Tensor, weighted: Tensor, shares: Tensor, tokens: int) -> Tensor:
+    """Nats per token that ranks 0, 1, ... of `weight` (N, K) are expected to cost: fp64 (min(N, K) + 1,).
+
+    gram      (K, K), which says what each rank keeps
+    weighted  (K, K): the same sum over `tokens` tokens that count as much as their squared gradients
+    shares    (N,): of each output in the squared gradients
+    """
+    basis = output_basis(weight, gram, min(weight.shape))
+    right = basis.T @ weight.double()
+    cared = basis.T @ (shares.double().unsqueeze(1) * basis)
+    pairs = cared * (right @ weighted.double() @ right.T)
+    left = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.nn.functional.pad(left.clamp(min=0), (0, 1)) / (2 * tokens)
 
 
 def by_energy(spectra: Sequence[Spectrum], kept: float, multiple: int) -> list[int | None]:
