@@ -81,7 +81,7 @@ RUNS: dict[str, Steps] = {
 RANKS = {
     f"svd-llm, {keys['ratio']}, ranks by {by}": (keys, by) for keys in (EIGHT, NINE) for by in ("output", "gradient")
 }
-"""Name -> keys of a step of which `penjing ranks` makes one step per rank for as many parameters, and what it goes by."""
+"""Name -> keys of a step of which `penjing ranks` makes one step per rank, and what it goes by."""
 
 HYBRIDS = ("sparse-4bit-sparsegpt", "svd-llm-4bit", "drop-refit-quantise", "deep-compression", "tied-4bit")
 """Built-in recipes of more than one family, with the calibration text of this benchmark."""
