@@ -148,7 +148,7 @@ def allocation(result: Mapping[str, Any]) -> Group:
         table.add_row(pattern[max(pattern.find("*"), 0) :], *(str(count or "") for count in counts))
     losses = _table("choice", "size", "predicted loss")
     for row in result["uniform"]:
-        size = readable_bytes(row["bytes"]) + ("" if row["fits"] else ", too large")
+        size = readable_bytes(row["bytes"]) + ("" if row["fits"] else ", over the budget")
         losses.add_row(f"{row['choice']} everywhere", size, f"{row['loss']:.4g}")
     losses.add_row("this allocation", readable_bytes(result["predicted_bytes"]), f"{result['predicted_loss']:.4g}")
     totals = {
