@@ -125,7 +125,7 @@ def peer(dense: Path, dtype: str, options: argparse.Namespace) -> dict[str, Any]
     """llmcompressor's oneshot on the same windows."""
     directory = options.work / f"llmcompressor-{dtype}"
     command = [options.peer_python, str(HERE / "peer_llmcompressor.py"), str(dense)]
-    command += [str(options.work / "tokens.safetensors"), str(directory), "4", "64", dtype]
+    command += [str(options.work / "tokens.safetensors"), str(directory), "4", "64", dtype, "gptq"]
     cost = run(command, options.work / f"llmcompressor-{dtype}.log", HF_HUB_OFFLINE="1")
     return {
         "directory": str(directory),

@@ -1,4 +1,6 @@
-"""GPTQ by llmcompressor, in its own environment: `python peer_llmcompressor.py MODEL TOKENS OUTPUT BITS GROUP DTYPE`.
+"""GPTQ or AWQ by llmcompressor, in its own environment:
+
+    python peer_llmcompressor.py MODEL TOKENS OUTPUT BITS GROUP DTYPE gptq|awq
 
 TOKENS is a safetensors file with `tokens` (S, T). The same windows, in the same order, as Penjing gets.
 """
@@ -8,12 +10,13 @@ import sys
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str) -> None:
+def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str, method: str) -> None:
     """Load, quantise, save."""
     windows = load_file(tokens)["tokens"]
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
@@ -30,10 +33,12 @@ def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str
         }
     }
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    rounding = {"config_groups": scheme, "ignore": ["lm_head"]}
+    recipes = {"gptq": [GPTQModifier(**rounding)], "awq": [AWQModifier(), QuantizationModifier(**rounding)]}
     oneshot(
         model=loaded,
         dataset=Dataset.from_list(samples),
-        recipe=GPTQModifier(config_groups=scheme, ignore=["lm_head"]),
+        recipe=recipes[method],
         max_seq_length=windows.shape[1],
         num_calibration_samples=len(windows),
         output_dir=output,

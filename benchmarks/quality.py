@@ -3,9 +3,10 @@
     python benchmarks/quality.py --calibration wiki.valid.raw --evaluation wiki.test.raw --bits 4 3 2 \\
         --peer-python PEER/bin/python --work build/quality --output benchmarks/results/quality.json
 
-Every entry is symmetric with groups of 64 and scales in 16 bits; embedding and head stay as they are. The peers live in
-an environment of their own (`pip install torch==2.13.0 llmcompressor==0.14.0 auto-round==0.15.1`). What was measured
-before stays in the output and is not measured again: remove the file to start afresh.
+Every entry is symmetric with groups of 64 and scales in 16 bits, HQQ has groups of 128 with zero points, which take as
+many; embedding and head stay as they are. The peers live in environments of their own (`pip install torch==2.13.0
+llmcompressor==0.14.0 auto-round==0.15.1 hqq==0.2.8.post1`, and `gptqmodel==7.7.0`). What was measured before stays in
+the output and is not measured again: remove the file to start afresh. `--only` names rows: some take an hour.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,36 @@ from penjing.evaluation.report import Software
 from penjing.pipeline.text import TextSource
 from penjing.recipe import Calibration
 
-HERE = Path(__file__).parent
+HERE, OUTPUT = Path(__file__).parent, "OUTPUT"
 
 
 def ours(bits: int, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Name -> steps of each recipe that is compared."""
     grid = {"bits": bits, "group_size": 64, "scale_rule": "signed-max"}
+    training = {"method": "e2e-qp", "batch_size": 4, "iterations": options.training}
     return {
         "rtn": [{"method": "rtn", **grid}],
         "gptq": [{"method": "gptq", **grid, "scale_search": "diagonal"}],
-        "gptq, e2e-qp": [
-            {"method": "gptq", **grid, "scale_search": "diagonal"},
-            {"method": "e2e-qp", "batch_size": 4, "iterations": options.training},
-        ],
+        "gptq, e2e-qp": [{"method": "gptq", **grid, "scale_search": "diagonal"}, training],
+        "autoround": [{"method": "autoround", **grid, "iterations": 50}],
+        "autoround, e2e-qp": [{"method": "autoround", **grid, "iterations": 50}, training],
     }
+
+
+def theirs(bits: int, dense: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name -> command of each peer, but for where it writes: that takes the place of OUTPUT."""
+    tokens = str(options.work / "tokens.safetensors")
+    found: dict[str, list[str]] = {}
+    if options.peer_python:
+        script = [options.peer_python, str(HERE / "peer_llmcompressor.py"), str(dense), tokens, OUTPUT, str(bits), "64"]
+        found |= {f"llmcompressor {name.upper()}": [*script, "float32", name] for name in ("gptq", "awq")}
+        script = [options.peer_python, str(HERE / "peer_autoround.py"), str(dense), tokens, OUTPUT, str(bits), "64"]
+        found |= {f"AutoRound {count} iterations": [*script, str(count)] for count in options.iterations}
+        found["HQQ"] = [options.peer_python, str(HERE / "peer_hqq.py"), str(dense), OUTPUT, str(bits), "128"]
+    if options.gptqmodel_python:
+        script = [options.gptqmodel_python, str(HERE / "peer_gptqmodel.py"), str(dense), tokens, OUTPUT]
+        found["GPTQModel"] = [*script, str(bits), "64"]
+    return found
 
 
 def main() -> None:
@@ -48,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-python", help="has llmcompressor, auto-round and hqq")
+    parser.add_argument("--gptqmodel-python", help="has gptqmodel")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
@@ -58,6 +78,7 @@ def main() -> None:
     parser.add_argument("--evaluation-length", type=int, default=2048)
     parser.add_argument("--training", type=int, default=48, help="iterations of e2e-qp")
     parser.add_argument("--iterations", type=int, nargs="*", default=[50, 200], help="of AutoRound")
+    parser.add_argument("--only", nargs="*", help="rows by name, without their bits")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     dense = write_dense(options.work / "dense")
@@ -69,21 +90,16 @@ def main() -> None:
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
     for bits in options.bits:
-        jobs = {
-            f"penjing {name}, {bits} bits": (own, (dense, steps, options))
+        jobs: dict[str, Callable[[str], dict[str, Any]]] = {
+            f"penjing {name}": partial(own, dense=dense, steps=steps, options=options)
             for name, steps in ours(bits, options).items()
         }
-        if options.peer_python:
-            jobs[f"llmcompressor GPTQ, {bits} bits"] = (
-                peer,
-                (dense, "peer_llmcompressor.py", bits, "float32", options),
-            )
-            for count in options.iterations:
-                name = f"AutoRound {count} iterations, {bits} bits"
-                jobs[name] = (peer, (dense, "peer_autoround.py", bits, str(count), options))
-        for name, (work, arguments) in jobs.items():
+        for name, command in theirs(bits, dense, options).items():
+            jobs[name] = partial(peer, command=command, options=options)
+        jobs = {f"{name}, {bits} bits": job for name, job in jobs.items() if not options.only or name in options.only}
+        for name, job in jobs.items():
             if name not in result["runs"]:
-                result["runs"][name] = measure(dense, work(name, *arguments), options, result)
+                result["runs"][name] = measure(dense, job(name), options, result)
                 result["calibration"] = calibration.protocol.sentence()
                 result["software"] = Software.here().__dict__
                 write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
@@ -101,12 +117,12 @@ def own(name: str, dense: Path, steps: list[dict[str, Any]], options: argparse.N
     return {"directory": directory, "seconds": cost.seconds, "memory": cost.peak - import_baseline()}
 
 
-def peer(name: str, dense: Path, script: str, bits: int, last: str, options: argparse.Namespace) -> dict[str, Any]:
+def peer(name: str, command: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """A peer's script on the same windows."""
     directory = options.work / name.replace(" ", "-").replace(",", "")
-    command = [options.peer_python, str(HERE / script), str(dense), str(options.work / "tokens.safetensors")]
-    cost = run([*command, str(directory), str(bits), "64", last], options.work / "peer.log", HF_HUB_OFFLINE="1")
-    memory = cost.peak - import_baseline(options.peer_python)
+    command = [str(directory) if word == OUTPUT else word for word in command]
+    cost = run(command, options.work / "peer.log", HF_HUB_OFFLINE="1")
+    memory = cost.peak - import_baseline(command[0])
     found = next((path.parent for path in directory.rglob("config.json")), directory)
     return {"directory": found, "seconds": cost.seconds, "memory": memory}
 
