@@ -6,12 +6,14 @@ the format `gptq`.
 
 import sys
 
+import gptqmodel
 from gptqmodel import GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
 
 
 def main(model: str, tokens: str, output: str, bits: str, group: str) -> None:
     """Load, quantise, save."""
+    gptqmodel._default_cpu_workers = lambda: 2  # it counts one on two cores, and needs two
     windows = load_file(tokens)["tokens"]
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     config = QuantizeConfig(bits=int(bits), group_size=int(group), sym=True, offload_to_disk=False)

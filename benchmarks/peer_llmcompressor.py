@@ -12,6 +12,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +36,8 @@ def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     rounding = {"config_groups": scheme, "ignore": ["lm_head"]}
     recipes = {"gptq": [GPTQModifier(**rounding)], "awq": [AWQModifier(), QuantizationModifier(**rounding)]}
+    if not torch.accelerator.is_available():  # AWQ pins its cache for a device that is not there
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     oneshot(
         model=loaded,
         dataset=Dataset.from_list(samples),
