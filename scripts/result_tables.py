@@ -104,6 +104,7 @@ def mixtures(found: dict[str, Any]) -> list[str]:
     made = [
         f"{name}: " + ", ".join(f"{count} of {choice}" for choice, count in counts.items())
         for name, counts in found["mixtures"].items()
+        if f"{name} everywhere" in found["runs"]
     ]
     first = next(iter(found["runs"].values()))
     said = f"Dense: {found['dense_perplexity']:.2f}. Units of each choice in the mixtures: {'; '.join(made)}."
