@@ -136,7 +136,7 @@ def test_a_model_that_makes_much_of_little_may_differ_by_as_much(written: Path) 
         rewrite(shard, sharpen)
     tokens = load_file(written / PROBE)["tokens"].clone()  # the file is written anew below
     _, logits = verification._streamed(written, tokens, False)
-    noise = verification._own_noise(written, tokens, False)
+    noise = verification._own_noise(written, tokens, logits, False)
     assert noise > 2 * TOLERANCE
     renew(written, {"tokens": tokens, "logits": logits + noise / 2 * logits.abs().max()})
     result = verify(written, engine=False)

@@ -103,7 +103,7 @@ def verify(directory: Path, *, engine: bool, trust_remote_code: bool = False) ->
     differences = {reader: _difference(answer, probe["logits"]) for reader, answer in answers.items()}
     tolerance = TOLERANCE
     if not all(difference <= TOLERANCE for difference in differences.values()):
-        tolerance = max(TOLERANCE, _own_noise(directory, probe["tokens"], trust_remote_code))
+        tolerance = max(TOLERANCE, _own_noise(directory, probe["tokens"], logits, trust_remote_code))
     for reader, difference in differences.items():
         if not difference <= tolerance:
             raise VerificationError(
@@ -212,8 +212,8 @@ def _logits(stream: StreamedModel, states: Tensor) -> Tensor:
         return head(states)
 
 
-def _own_noise(directory: Path, tokens: Tensor, trust_remote_code: bool) -> float:
-    """By how much rounding alone may move this model's logits, relative to the largest.
+def _own_noise(directory: Path, tokens: Tensor, logits: Tensor, trust_remote_code: bool) -> float:
+    """By how much rounding alone may move this model's `logits` of `tokens`, relative to the largest.
 
     A model that was compressed beyond use can turn the last bit of a sum into the third digit of a logit. Its inputs
     are moved by a millionth, which is what sums of some hundred fp32 products are off by, a few times over; as every
@@ -223,9 +223,9 @@ def _own_noise(directory: Path, tokens: Tensor, trust_remote_code: bool) -> floa
         return 0.0
     stream, _, _ = _open_stream(directory, trust_remote_code)
     states = stream.embed(tokens, torch.float32)
-    plain, draws = _logits(stream, states.clone()), torch.Generator().manual_seed(0)
+    draws = torch.Generator().manual_seed(0)
     moved = [1 + _MILLIONTH * torch.randn(states.shape, generator=draws) for _ in range(_DRAWS)]
-    return _BLOCKS_ROUND_TOO * max(_difference(_logits(stream, states * change), plain) for change in moved)
+    return _BLOCKS_ROUND_TOO * max(_difference(_logits(stream, states * change), logits) for change in moved)
 
 
 def _through_transformers(directory: Path, probe: Path, trust_remote_code: bool) -> Tensor:
