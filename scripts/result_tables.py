@@ -155,7 +155,7 @@ def filled(page: str) -> str:
         for path in (RESULTS / f"{name}.json" for name in names):
             if path.is_file():
                 found = json.loads(path.read_text(encoding="utf-8"))
-                title = [] if "linears" in found else ["", f"**{MODELS.get(found.get('model'), MODELS['demo'])}**"]
+                title = ["", f"**{MODELS[found['model']]}**"] if "model" in found else []
                 lines += [*title, "", *show(found)]
         return "\n".join([f"<!-- table:{match[1]} -->", *lines, "", "<!-- /table -->"])
 
