@@ -7,7 +7,7 @@ neither weights nor torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -140,6 +140,15 @@ class Layout:
 
     def block_name(self, index: int) -> str:
         return f"{self.block_path}.{index}"
+
+    def inside_blocks(self, names: Iterable[str]) -> dict[int, list[str]]:
+        """Block -> which of `names` are modules in it, without the block's own name."""
+        found: dict[int, list[str]] = {}
+        for name in names:
+            index = self.by_name[name].block
+            if index is not None:
+                found.setdefault(index, []).append(name.removeprefix(f"{self.block_name(index)}."))
+        return found
 
     @property
     def embedding(self) -> ModuleSpec:

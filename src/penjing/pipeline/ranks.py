@@ -166,11 +166,7 @@ class _Walk:
 
     def spectra(self, members: Mapping[str, list[str]]) -> dict[str, Spectrum]:
         """Unit -> what ranks lose."""
-        inside: dict[int, list[str]] = {}
-        for name in (name for names in members.values() for name in names):
-            index = self.layout.by_name[name].block
-            assert index is not None  # units are linears of blocks
-            inside.setdefault(index, []).append(name.removeprefix(f"{self.layout.block_name(index)}."))
+        inside = self.layout.inside_blocks(name for names in members.values() for name in names)
         probe_tokens = self.tokens[:GRADIENT_WINDOWS, :PROBE_LENGTH]
         probe = None
         if self.by == "gradient":

@@ -112,7 +112,8 @@ class SensitivityWalk:
         probe_tokens = self.tokens[:windows, :PROBE_LENGTH]
         self._seen = probe_tokens.numel()
         if self.question.by == "gradient":
-            self._gradients = squared_gradients(self.stream, probe_tokens, self._linears(), self.progress)
+            linears = self.layout.inside_blocks(name for unit in self.question.units for name in unit)
+            self._gradients = squared_gradients(self.stream, probe_tokens, linears, self.progress)
         probe = None if self.question.by == "output" else self.stream.embed(probe_tokens, torch.float32)
         states = self.stream.embed(self.tokens, self.dtype)
         for index in range(self.layout.blocks):
@@ -123,15 +124,6 @@ class SensitivityWalk:
         if probe is not None and self.question.by == "kl":
             self._measure_divergences(probe_tokens, probe)
         return self._losses
-
-    def _linears(self) -> dict[int, list[str]]:
-        """Block -> names, inside it, of the linears that belong to a unit."""
-        found: dict[int, list[str]] = {}
-        for name in (name for unit in self.question.units for name in unit):
-            index = self.layout.by_name[name].block
-            if index is not None:
-                found.setdefault(index, []).append(name.removeprefix(f"{self.layout.block_name(index)}."))
-        return found
 
     def _block(self, index: int, states: Tensor, probe: Tensor | None) -> None:
         prefix = f"{self.layout.block_name(index)}."
