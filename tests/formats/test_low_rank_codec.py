@@ -70,11 +70,24 @@ def test_huffman_codes_and_masks(kept):
     back, read = from_parts(parts, "module")
     assert read == scheme and torch.equal(back.dense(), weight.dense())
     assert isinstance(back, Codebook if kept is None else Masked)
-    survivors = 240 if kept is None else int(kept.sum())
-    assert sum(part.nbytes for part in parts.values()) <= parts_bytes((12, 20), scheme, survivors, 4)
     damaged = parts | {"codes_lengths": torch.zeros_like(parts["codes_lengths"])}
     with pytest.raises(FormatError, match=r"weight_codes_stream: .*damaged"):
         from_parts(damaged, "module")
+
+
+@pytest.mark.parametrize(("bits", "within"), [(3, 0.06), (5, 0.02)])
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("group_size", ["tensor", None])
+def test_huffman_sizes_are_foreseen(bits, within, kept, group_size):
+    shape, random = (64, 4096), torch.Generator().manual_seed(bits)
+    weight = torch.randn(shape, generator=random)
+    if group_size == "tensor":
+        weight *= torch.empty(shape).exponential_(generator=random).sqrt()
+    scheme = Scheme(CodebookGrid(bits, group_size, FLOAT, huffman=True), 1 - kept if kept < 1 else 0.0)
+    mask = torch.rand(shape, generator=random) < kept if kept < 1 else None
+    parts = to_parts(kmeans(weight, scheme.grid, kept=mask), scheme)
+    foreseen = parts_bytes(shape, scheme, weight.numel() if mask is None else int(mask.sum()), 4)
+    assert sum(part.nbytes for part in parts.values()) == pytest.approx(foreseen, rel=within)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

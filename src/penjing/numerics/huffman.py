@@ -69,6 +69,12 @@ def code_lengths(counts: Tensor) -> Tensor:
     return lengths
 
 
+def expected_bits(frequencies: Tensor) -> float:
+    """Mean bits of a symbol, when symbols are as frequent as `frequencies` (n,), of sum 1, says."""
+    lengths = code_lengths((frequencies.double() * 2**40).long())
+    return float(frequencies.double() @ lengths.double())
+
+
 def canonical(lengths: Tensor) -> Words:
     """The code of each symbol, int64, in its lowest `lengths` bits."""
     codes, code, before = np.zeros(len(lengths), dtype=np.int64), 0, 0

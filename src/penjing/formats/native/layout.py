@@ -166,6 +166,12 @@ def _read_mask(parts: Parts, shape: tuple[int, int], scheme: Scheme) -> Tensor:
     return unpack_bits(packed.reshape(1, -1), 1, count).reshape(shape).bool()
 
 
+def _mask_frequencies(kept: float) -> Tensor:
+    """How often each byte of a mask occurs, fp64 (256,), when this fraction of all weights is kept, at random."""
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.float64)
+    return kept**ones * (1 - kept) ** (8 - ones)
+
+
 def parts_bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int) -> int:
     """Bytes of what `to_parts` makes of a matrix of `shape` with `kept` surviving weights.
 
@@ -187,7 +193,7 @@ def _bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int) -> 
     total = 0
     if scheme.sparsity:
         mask = stream_bytes(rows * columns, 1)
-        total = huffman_bytes(mask, 8) if _huffman(scheme) else mask
+        total = huffman_bytes(mask, _mask_frequencies(kept / (rows * columns))) if _huffman(scheme) else mask
     total += codec_for(scheme.grid).nbytes(shape, scheme.grid, kept) if scheme.grid else kept * itemsize
     total += 4 * columns if scheme.ordered else 0
     total += scheme.columns * (4 + rows * itemsize)

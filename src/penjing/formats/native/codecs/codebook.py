@@ -22,7 +22,7 @@ from penjing.errors import FormatError
 from penjing.formats.native.codecs.base import Parts, stream, stream_bytes
 from penjing.numerics import huffman
 from penjing.numerics.codebooks import CodebookGrid
-from penjing.numerics.huffman import Huffman, blocks_of
+from penjing.numerics.huffman import Huffman, blocks_of, expected_bits
 from penjing.representations import Codebook
 from penjing.runtime.huffman import decode
 
@@ -40,9 +40,9 @@ def huffman_parts(part: str, symbols: Tensor) -> dict[str, Tensor]:
     return dict(zip(huffman_names(part), (coded.stream, coded.sizes, coded.lengths), strict=True))
 
 
-def huffman_bytes(count: int, bits: int) -> int:
-    """The most that `huffman_parts` takes for `count` symbols of `bits` bits: as if all were equally frequent."""
-    return stream_bytes(count, bits) + blocks_of(count) * (2 + 1) + 256
+def huffman_bytes(count: int, frequencies: Tensor) -> int:
+    """What `huffman_parts` takes for `count` symbols that are as frequent as `frequencies` (n,) says."""
+    return round(count * expected_bits(frequencies) / 8 + blocks_of(count) * (2 + 0.5)) + 256
 
 
 def read_huffman(parts: Parts, part: str, count: int) -> Tensor:
@@ -82,10 +82,10 @@ class CodebookCodec:
         return CodebookGrid(entry["bits"], size, getattr(torch, entry["table_dtype"]), entry.get("huffman", False))
 
     def nbytes(self, shape: tuple[int, ...], grid: CodebookGrid, kept: int) -> int:
-        """Codes at their exact width and tables. With Huffman the most it can be: how much less, the weights decide."""
+        """Codes at their exact width and tables. With Huffman what is likely: how much it is, the weights decide."""
         rows, groups = grid.tables_of(shape)
         tables = rows * groups * grid.entries * grid.table_dtype.itemsize
-        return tables + (huffman_bytes(kept, grid.bits) if grid.huffman else stream_bytes(kept, grid.bits))
+        return tables + (huffman_bytes(kept, grid.frequencies()) if grid.huffman else stream_bytes(kept, grid.bits))
 
     def write(self, weight: Codebook, kept: Tensor | None) -> dict[str, Tensor]:
         """Tables and codes."""
