@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from penjing import api
 from penjing.checkpoint import open_checkpoint, write_bytes
+from penjing.evaluation.questions import TaskScore
 from penjing.evaluation.report import Software
 from penjing.methods.adaptation import recover
 from penjing.pipeline.text import TextSource
@@ -37,6 +39,7 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "penjing neurons, no refit": [{"method": "neurons", "refit": False}],
     "penjing neurons, obs": [{"method": "neurons", "score": "obs"}],
     "penjing heads, then neurons": [{"method": "heads", "sparsity": 0.34}, {"method": "neurons"}],
+    "penjing llm-pruner": [{"method": "llm-pruner"}],
 }
 """The last step gets the number of parameters."""
 PEERS = {
@@ -92,6 +95,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--recovery-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--tasks", nargs="*", default=[], help="questions asked too: .jsonl files or tasks of lm-eval")
+    parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--unmeasured", action="store_true", help="make the models only")
     parser.add_argument("--only", nargs="*", default=ROWS)
     return parser.parse_args()
@@ -142,15 +147,21 @@ def recovered(cut: Path, dense: Path, options: argparse.Namespace) -> Path:
 
 
 def measure(missing: dict[str, Path], dense: Path, options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Perplexity and KL to the dense model; parameters that are not zero."""
+    """Perplexity and KL to the dense model, answers to questions; parameters that are not zero."""
     compared = api.compare(
         [dense, *missing.values()],
         data=options.evaluation,
         windows=options.windows,
         length=options.evaluation_length,
+        tasks=options.tasks,
+        limit=options.limit,
     )
     result["evaluation"] = compared[0].protocol.sentence()
-    result["dense"] = {"parameters": parameters_of(dense), "perplexity": compared[0].quality.perplexity}
+    result["dense"] = result.get("dense", {}) | {
+        "parameters": parameters_of(dense),
+        "perplexity": compared[0].quality.perplexity,
+        **answers(compared[0].tasks),
+    }
     for (name, directory), found in zip(missing.items(), compared[1:], strict=True):
         quality = found.quality
         result["runs"][name] = {
@@ -158,10 +169,17 @@ def measure(missing: dict[str, Path], dense: Path, options: argparse.Namespace, 
             "perplexity": quality.perplexity,
             "kl": quality.kl,
             "top1": quality.top1,
+            **answers(found.tasks),
         }
         print(name, json.dumps(result["runs"][name]), flush=True)
     result["software"] = Software.here().__dict__
     write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def answers(scores: Sequence[TaskScore]) -> dict[str, dict[str, float]]:
+    """Share of right answers by task; nothing where nothing was asked."""
+    found = {f"{score.name}, {score.questions} questions": score.value for score in scores if score.metric == "acc"}
+    return {"accuracy": found} if found else {}
 
 
 def parameters_of(directory: Path) -> int:

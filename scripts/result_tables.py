@@ -43,19 +43,24 @@ def masks(found: dict[str, Any]) -> list[str]:
 
 
 def removed(found: dict[str, Any]) -> list[str]:
-    """Perplexity and KL after removal and after recovery."""
-    runs, rows = found["runs"], []
+    """Perplexity and KL after removal and after recovery, and what the recovered answer where they were asked."""
+    runs, dense = found["runs"], found["dense"]
+    asked = dense.get("accuracy", {})
+
+    def answers(run: dict[str, Any]) -> list[str]:
+        return [f"{run['accuracy'][task]:.1%}" if "accuracy" in run else "" for task in asked]
+
+    rows = [["dense", f"{dense['parameters']:,}", f"{dense['perplexity']:.2f}", "", *answers(dense)]]
     for name, cut in runs.items():
         if name.endswith(RECOVERED):
             continue
-        after = runs.get(name + RECOVERED)
+        after = runs.get(name + RECOVERED, {})
         pairs = [f"{run['perplexity']:.2f}, {run['kl']:.3f}" if run else "" for run in (cut, after)]
-        rows.append([name, f"{cut['parameters']:,}", *pairs])
-    head = ["what removes, of all parameters", "parameters left", "perplexity, KL", "after recovery"]
-    dense = f"Dense: {found['dense']['perplexity']:.2f}, {found['dense']['parameters']:,} parameters."
+        rows.append([name, f"{cut['parameters']:,}", *pairs, *answers(after)])
+    head = ["what removes, of all parameters", "parameters left", "perplexity, KL", "after recovery", *asked]
     trained = f" Recovery: {found['recovery']}." if "recovery" in found else ""
     said = f"Calibration: {found['calibration']}.{trained} Evaluation: {found['evaluation']}."
-    return [*_table(head, rows), "", f"{dense} {said}"]
+    return [*_table(head, rows), "", said]
 
 
 def decode(found: dict[str, Any]) -> list[str]:
