@@ -154,7 +154,7 @@ def measure(missing: dict[str, Path], dense: Path, options: argparse.Namespace, 
         windows=options.windows,
         length=options.evaluation_length,
         tasks=options.tasks,
-        limit=options.limit,
+        limit=options.limit if options.tasks else None,
     )
     result["evaluation"] = compared[0].protocol.sentence()
     result["dense"] = result.get("dense", {}) | {
