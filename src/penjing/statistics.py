@@ -7,7 +7,7 @@ Accumulation is in fp32 whatever the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -170,6 +170,14 @@ class Mean:
 
 StatisticType = Callable[[int], Statistic]
 Statistics = Mapping[StatisticType, Statistic]
+
+
+def unseen(kinds: Iterable[StatisticType], columns: int) -> Statistics:
+    """Statistics of a linear with K = `columns` inputs that no token reached: as if these were independent."""
+    statistics = {kind: kind(columns) for kind in kinds}
+    for statistic in statistics.values():
+        statistic.update(torch.eye(columns))
+    return statistics
 
 
 def compares(kind: StatisticType) -> bool:

@@ -1,12 +1,10 @@
 """Statistics are taken once per distinct input, and a forward pass ends when there is nothing more to see."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
 
-from penjing.pipeline.observe import CALL_TOKENS, CallRecorder, EnoughSeen, Observer
+from penjing.pipeline.observe import CALL_TOKENS, CallRecorder, Observer
 from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram
 
 
@@ -32,8 +30,7 @@ class Attention(nn.Module):
 def observe(module: nn.Module, needs: dict, windows: list[torch.Tensor]) -> Observer:
     with Observer(module, find, needs) as observer:
         for window in windows:
-            observer.start_forward()
-            with contextlib.suppress(EnoughSeen):
+            with observer.forward():
                 module(window)
     return observer
 
@@ -105,8 +102,7 @@ def test_inputs_of_any_rank_count_tokens(shape):
 def compare(module: nn.Module, needs: dict, windows: list[torch.Tensor], dense: list[torch.Tensor]) -> Observer:
     with Observer(module, find, needs) as observer:
         for window, original in zip(windows, dense, strict=True):
-            observer.start_forward()
-            with contextlib.suppress(EnoughSeen):
+            with observer.forward():
                 module(window)
             with observer.beside():
                 module(original)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -23,13 +22,13 @@ from penjing.numerics.observers import static_scale
 from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors, relative_error
 from penjing.pipeline.fold import fold, foldable
-from penjing.pipeline.observe import CallRecorder, EnoughSeen, Observer
+from penjing.pipeline.observe import CallRecorder, Observer
 from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, LowRank, Masked, Representation
-from penjing.statistics import Statistics, StatisticType, compares
+from penjing.statistics import Statistics, StatisticType, compares, unseen
 
 
 @dataclass
@@ -116,8 +115,7 @@ class BlockCompressor:
         recorder = CallRecorder(module, find, searched)
         with Observer(module, find, needs) as observer:
             for forward, again in zip(forwards, repeat(None) if dense is None else dense, strict=False):
-                observer.start_forward()
-                with suppress(EnoughSeen):
+                with observer.forward():
                     forward()
                 if again is not None:
                     with observer.beside():
@@ -131,10 +129,7 @@ class BlockCompressor:
 
     def _check_seen(self, name: str, kinds: Sequence[StatisticType]) -> None:
         if name not in self.statistics:
-            columns = self.rows[name].module.shape[1]
-            self.statistics[name] = {kind: kind(columns) for kind in kinds}
-            for statistic in self.statistics[name].values():
-                statistic.update(torch.eye(columns))
+            self.statistics[name] = unseen(kinds, self.rows[name].module.shape[1])
             self.notes[name].append("no calibration token reached it: treated as if its inputs were independent")
         for statistic in self.statistics[name].values():
             if not all_finite(statistic.value):

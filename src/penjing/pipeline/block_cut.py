@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from penjing.models import find
 from penjing.models.couplings import Coupling
 from penjing.models.layout import ModuleSpec
 from penjing.models.narrowing import sliced, stays
-from penjing.pipeline.observe import EnoughSeen, Observer
+from penjing.pipeline.observe import Observer
 from penjing.statistics import Gram, Mean, Statistic, Statistics, StatisticType
 
 Forwards = Callable[[Mapping[str, Tensor]], Iterable[Callable[[], object]]]
@@ -146,8 +145,7 @@ def observe(
     """Gram matrix and mean of the inputs of linears. One that no token reached is left out."""
     with Observer(block, find, dict.fromkeys(linears, (Gram, Mean))) as observer:
         for forward in forwards:
-            observer.start_forward()
-            with suppress(EnoughSeen):
+            with observer.forward():
                 forward()
     return dict(observer.statistics)
 

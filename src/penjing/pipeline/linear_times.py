@@ -24,11 +24,11 @@ from penjing.methods.base import LinearInput
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import factors
 from penjing.pipeline.menu import Menu
-from penjing.pipeline.sensitivity import run_step, unseen
+from penjing.pipeline.sensitivity import run_step
 from penjing.planning import Plan, PlanRow
 from penjing.representations import Masked, Representation
 from penjing.runtime import runner_for
-from penjing.statistics import Gram
+from penjing.statistics import Gram, unseen
 
 _COLD, _COPIES, _ROUNDS = 64 * 2**20, 16, 15
 """Bytes that copies of a linear take together, at most so many of them, and how often all are run."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -21,15 +21,14 @@ CALL_TOKENS = 4096
 """How many tokens of calls of submodules are kept for methods that search by running them."""
 
 
-class EnoughSeen(Exception):
+class _EnoughSeen(Exception):
     """Every statistic of this forward pass is taken; the rest of the block need not run."""
 
 
 class Observer:
     """Hooks on the linears of one block.
 
-    needs    linear name -> statistic types that some step wants
-    partial  whether a forward pass may end as soon as the last linear has been seen
+    needs  linear name -> statistic types that some step wants
 
     Linears called one after the other with the same tensor share their statistics: `clusters()` lists them.
     """
@@ -65,13 +64,16 @@ class Observer:
             hook.remove()
         self._last = None
 
-    def start_forward(self) -> None:
-        """Call before every forward pass of the block."""
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """One forward pass of the block runs inside, on one batch; it ends early when nothing is left to be seen."""
         if self._called and self._last_linear is None and sorted(self._called) == sorted(self._needs):
             self._last_linear = self._called[-1]
         self._called = []
         self._last = None
         self._forwards += 1
+        with suppress(_EnoughSeen):
+            yield
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -90,7 +92,7 @@ class Observer:
                 return self._compare(name, args[0])
             self._see(name, args[0])
             if name == self._last_linear:
-                raise EnoughSeen
+                raise _EnoughSeen
 
         return see
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,15 +25,14 @@ from penjing.pipeline.gradients import (
     squared_gradients,
     weighted_grams,
 )
-from penjing.pipeline.observe import EnoughSeen, Observer
+from penjing.pipeline.observe import Observer
 from penjing.pipeline.patterns import patterns
-from penjing.pipeline.sensitivity import unseen
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import TextSource
 from penjing.pipeline.weights import Weights
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, Step, load_recipe
-from penjing.statistics import Gram
+from penjing.statistics import Gram, unseen
 from penjing.targets import selected
 
 Progress = Callable[[str, int, int, str], None]
@@ -192,8 +190,7 @@ class _Walk:
         with self._stream.block(index, states.dtype) as block:
             with Observer(block, find, {name: [Gram] for name in names}) as observer:
                 for batch in batches(states):
-                    observer.start_forward()
-                    with suppress(EnoughSeen):
+                    with observer.forward():
                         self._stream.run(block, index, batch)
             self._stream.advance(block, index, states)
         weighted = {} if probe is None else weighted_grams(self._stream, index, probe, names, self._gradients)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,14 +28,14 @@ from penjing.pipeline.gradients import (
     squared_gradients,
     weighted_grams,
 )
-from penjing.pipeline.observe import EnoughSeen, Observer
+from penjing.pipeline.observe import Observer
 from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.weights import Weights
 from penjing.planning import Plan
 from penjing.recipe import Step
 from penjing.representations import Masked, Representation
-from penjing.statistics import Gram, Statistics, StatisticType, compares
+from penjing.statistics import Gram, Statistics, StatisticType, compares, unseen
 
 Sensitivity = Literal["output", "gradient", "kl"]
 
@@ -158,11 +157,10 @@ class SensitivityWalk:
             needs[name] = list(dict.fromkeys([Gram, *kinds]))
         with Observer(block, find, needs) as observer:
             for batch in batches(states):
-                observer.start_forward()
-                with suppress(EnoughSeen):
+                with observer.forward():
                     self.stream.run(block, index, batch)
                 if any(compares(kind) for kinds in needs.values() for kind in kinds):
-                    with observer.beside(), suppress(EnoughSeen):  # the model walked is the dense one itself
+                    with observer.beside():  # the model walked is the dense one itself
                         self.stream.run(block, index, batch)
         found: dict[str, Statistics] = {}
         for name, kinds in needs.items():
@@ -273,11 +271,3 @@ class SensitivityWalk:
 def run_step(step: Step, given: LinearInput) -> Representation:
     """What a step of one linear makes of it."""
     return step.definition.linear(given, step.options)  # type: ignore[misc]
-
-
-def unseen(kinds: Sequence[StatisticType], columns: int) -> Statistics:
-    """Statistics of a linear that no token reached: as if its inputs were independent."""
-    statistics = {kind: kind(columns) for kind in kinds}
-    for statistic in statistics.values():
-        statistic.update(torch.eye(columns))
-    return statistics

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from penjing.models.layout import Layout
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.block import BlockTensors
 from penjing.pipeline.menu import targets_for
-from penjing.pipeline.observe import EnoughSeen, Observer
+from penjing.pipeline.observe import Observer
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import TextSource
 from penjing.pipeline.weights import Weights
@@ -118,8 +117,7 @@ class Look:
         prefix = f"{self.layout.block_name(index)}."
         with Observer(block, find, {name.removeprefix(prefix): [ColumnNorm] for name in names}) as observer:
             for batch in batches(states):
-                observer.start_forward()
-                with suppress(EnoughSeen):
+                with observer.forward():
                     stream.run(block, index, batch)
         norms = {name: observer.statistics[name][ColumnNorm] for name in observer.statistics}
         squares = [norm.value / max(norm.tokens, 1) for norm in norms.values()]

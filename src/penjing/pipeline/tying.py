@@ -94,8 +94,8 @@ class _Tier:
         names = [module.name.removeprefix(prefix) for module in shared_linears(self.layout, index, self.options)]
         with Observer(block, find, {name: [Gram] for name in names}) as observer:
             for batch in batches(states):
-                observer.start_forward()
-                self.stream.run(block, index, batch)
+                with observer.forward():
+                    self.stream.run(block, index, batch)
         return {name: observer.statistics[name][Gram].value for name in names}
 
     def _weights(self, borrower: int, owner: int, grams: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
