@@ -1,6 +1,6 @@
 """Quality at equal stored bits: Penjing's recipes and its peers on the same windows, measured by the same code.
 
-    python benchmarks/quality.py --calibration wiki.valid.raw --evaluation wiki.test.raw --bits 4 3 2 \\
+    python benchmarks/quality.py --calibration wiki.valid.raw --evaluation wiki.test.raw another.txt --bits 4 3 2 \\
         --peer-python PEER/bin/python --work build/quality --output benchmarks/results/quality.json
 
 Every entry is symmetric with groups of 64 and scales in 16 bits, HQQ has groups of 128 with zero points, which take as
@@ -66,7 +66,7 @@ def main() -> None:
     """Parse, run what is missing, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--evaluation", nargs="+", required=True, help="texts of several domains")
     parser.add_argument("--peer-python", help="has llmcompressor, auto-round and hqq")
     parser.add_argument("--gptqmodel-python", help="has gptqmodel")
     parser.add_argument("--work", type=Path, required=True)
@@ -99,7 +99,9 @@ def main() -> None:
         jobs = {f"{name}, {bits} bits": job for name, job in jobs.items() if not options.only or name in options.only}
         for name, job in jobs.items():
             if name not in result["runs"]:
-                result["runs"][name] = measure(dense, job(name), options, result)
+                entry = job(name)
+                entry["texts"] = measure(dense, entry.pop("directory"), options, result)
+                result["runs"][name] = entry
                 result["calibration"] = calibration.protocol.sentence()
                 result["software"] = Software.here().__dict__
                 write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
@@ -127,14 +129,18 @@ def peer(name: str, command: list[str], options: argparse.Namespace) -> dict[str
     return {"directory": found, "seconds": cost.seconds, "memory": memory}
 
 
-def measure(dense: Path, entry: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity and KL to the dense model."""
-    models = [str(dense), str(entry.pop("directory"))]
-    compared = api.compare(models, data=options.evaluation, windows=options.windows, length=options.evaluation_length)
-    result["evaluation"] = compared[0].protocol.sentence()
-    result["dense_perplexity"] = compared[0].quality.perplexity
-    quality = compared[1].quality
-    return {**entry, "perplexity": quality.perplexity, "kl": quality.kl, "top1": quality.top1}
+def measure(dense: Path, made: Path, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity and KL to the dense model, by text."""
+    found = {}
+    for text in options.evaluation:
+        reference, measured = api.compare(
+            [dense, made], data=text, windows=options.windows, length=options.evaluation_length
+        )
+        quality, name = measured.quality, Path(text).name
+        told = {"protocol": reference.protocol.sentence(), "dense_perplexity": reference.quality.perplexity}
+        result.setdefault("texts", {})[name] = told
+        found[name] = {"perplexity": quality.perplexity, "kl": quality.kl, "top1": quality.top1}
+    return found
 
 
 if __name__ == "__main__":
