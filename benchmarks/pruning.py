@@ -33,13 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     for name, step in MASKS.items()
 }
 DISTRIBUTED: dict[str, tuple[str, str]] = {
-    f"{name} 70 %, {by}": (f"{name} 70 %", by)
-    for name in ("wanda", "sparsegpt")
-    for by in ("owl", "magnitude", "gradients")
+    f"{name} 70 %, {by}": (f"{name} 70 %", by) for name in ("wanda", "sparsegpt") for by in ("owl", "magnitude")
 }
-"""Case -> the case it takes its step from, and what gives blocks or linears sparsities of their own."""
-SPARSITIES = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-"""What a linear may become where gradients decide, in the bytes of one sparsity for all."""
+"""Case -> the case it takes its step from, and what gives every block its own sparsity."""
 
 
 def main() -> None:
@@ -93,11 +89,7 @@ def make(name: str, options: argparse.Namespace, directory: Path) -> str:
         "format": "native",
     }
     if not (directory / "report.json").is_file():
-        if by == "gradients":
-            choices = ",".join(f"{CASES[case]['method']}(sparsity={sparsity})" for sparsity in SPARSITIES)
-            size = penjing.plan(options.model, recipe).bytes
-            recipe = penjing.allocate(options.model, recipe, budget=size, choices=choices).recipe
-        elif by:
+        if by:
             recipe = penjing.distribute(options.model, recipe, by=by).recipe
         penjing.compress(options.model, recipe, directory, evaluated=False)
     text = f"{options.calibration}, {options.samples} windows of {options.length} tokens"
