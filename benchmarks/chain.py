@@ -3,8 +3,9 @@
     python benchmarks/chain.py --calibration wiki.valid.raw --evaluation wiki.test.raw --work build/chain \\
         --output benchmarks/results/chain.json
 
-The built-in recipe `narrow-recover-quantise`, and the same without its later steps; every result is loaded back by
-`penjing verify` and measured on the same windows. What is in the work folder is not made again.
+The built-in recipe `narrow-recover-quantise`, and the same without its later steps. `penjing verify` loads every result
+back (`difference`: of logits, over the largest), and all are measured on the same windows. What is in the work folder
+is not made again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
         "calibration": f"{Path(options.calibration).name}, {options.samples} windows of {options.length} tokens",
         "recovery": f"{options.steps} steps of {options.batch} windows of {options.recovery_length} tokens",
         "evaluation": measured[0].protocol.sentence(),
-        "dense": {"perplexity": measured[0].quality.perplexity, "bytes": measured[0].bytes},
+        "dense": {"perplexity": measured[0].quality.perplexity},
         "runs": {},
     }
     for (name, directory), found in zip(made.items(), measured[1:], strict=True):
@@ -55,7 +56,7 @@ def main() -> None:
             "perplexity": found.quality.perplexity,
             "kl": found.quality.kl,
             "bytes": found.bytes,
-            "verified": str(api.verify(directory)),
+            "difference": api.verify(directory).difference,
         }
         print(name, json.dumps(result["runs"][name]), flush=True)
     write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())

@@ -29,7 +29,7 @@ def masks(found: dict[str, Any]) -> list[str]:
     for name, run in runs.items():
         split = re.fullmatch(r"(.+) (\d+ %)(.*)", name)
         assert split is not None, name
-        cells[split[1] + split[3], split[2]] = f"{run['perplexity']:.2f}"
+        cells[split[1] + split[3], split[2]] = _perplexity(run)
     sizes = sorted({size for _, size in cells})
     lines = _table(
         ["perplexity", *sizes],
@@ -51,11 +51,11 @@ def removed(found: dict[str, Any]) -> list[str]:
         return [f"{run['accuracy'][task]:.1%}" if "accuracy" in run else "" for task in asked]
 
     rows = [["dense", f"{dense['parameters']:,}", f"{dense['perplexity']:.2f}", "", *answers(dense)]]
-    for name, cut in runs.items():
-        if name.endswith(RECOVERED):
-            continue
-        after = runs.get(name + RECOVERED, {})
-        pairs = [f"{run['perplexity']:.2f}, {run['kl']:.3f}" if run else "" for run in (cut, after)]
+    for name in sorted(
+        (name for name in runs if not name.endswith(RECOVERED)), key=lambda name: name.rpartition(", ")[2]
+    ):
+        cut, after = runs[name], runs.get(name + RECOVERED, {})
+        pairs = [f"{_perplexity(run)}, {run['kl']:.3f}" if run else "" for run in (cut, after)]
         rows.append([name, f"{cut['parameters']:,}", *pairs, *answers(after)])
     head = ["what removes, of all parameters", "parameters left", "perplexity, KL", "after recovery", *asked]
     trained = f" Recovery: {found['recovery']}." if "recovery" in found else ""
@@ -74,11 +74,8 @@ def decode(found: dict[str, Any]) -> list[str]:
 
 def chain(found: dict[str, Any]) -> list[str]:
     """One recipe, step after step."""
-    rows = [["dense", f"{found['dense']['perplexity']:.2f}", "", f"{found['dense']['bytes']:,}"]]
-    rows += [
-        [name, f"{run['perplexity']:.2f}", f"{run['kl']:.3f}", f"{run['bytes']:,}"]
-        for name, run in found["runs"].items()
-    ]
+    rows = [["dense", f"{found['dense']['perplexity']:.2f}", "", ""]]
+    rows += [[name, _perplexity(run), f"{run['kl']:.3f}", f"{run['bytes']:,}"] for name, run in found["runs"].items()]
     said = f"Calibration: {found['calibration']}. Recovery: {found['recovery']}. Evaluation: {found['evaluation']}."
     return [*_table(["model", "perplexity", "KL", "bytes of weights"], rows), "", said]
 
@@ -90,7 +87,7 @@ def equal_size(found: dict[str, Any]) -> list[str]:
             name,
             f"{run['bits_per_weight']:.2f}" if run["bits_per_weight"] else "",
             f"{run['file_bytes'] / 1e6:.1f} MB",
-            f"{run['perplexity']:,.2f}" if run["perplexity"] < 10**5 else f"{run['perplexity']:.0e}",
+            _perplexity(run),
             f"{run['kl']:.3f}",
         ]
         for name, run in sorted(found["runs"].items(), key=lambda row: -row[1]["file_bytes"])
@@ -102,10 +99,7 @@ def equal_size(found: dict[str, Any]) -> list[str]:
 
 def mixtures(found: dict[str, Any]) -> list[str]:
     """One choice for all linears, and the mixture of all choices in the same bytes."""
-    rows = [
-        [name, f"{run['bytes']:,}", f"{run['perplexity']:.2f}", f"{run['kl']:.3f}"]
-        for name, run in found["runs"].items()
-    ]
+    rows = [[name, f"{run['bytes']:,}", _perplexity(run), f"{run['kl']:.3f}"] for name, run in found["runs"].items()]
     made = [
         f"{name}: " + ", ".join(f"{count} of {choice}" for choice, count in counts.items())
         for name, counts in found["mixtures"].items()
@@ -145,6 +139,10 @@ TABLES = {
     "products": (products, ("binary_gemv",)),
 }
 """Mark in a page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
+
+
+def _perplexity(run: dict[str, Any]) -> str:
+    return f"{run['perplexity']:,.2f}" if run["perplexity"] < 10**5 else f"{run['perplexity']:.0e}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
