@@ -69,7 +69,7 @@ def decode(found: dict[str, Any]) -> list[str]:
         [name, f"{row['parameter_ratio']:.2f}", f"{row['speedup']:.2f}"] for name, row in sorted(found["cut"].items())
     ]
     head = ["model", "times fewer parameters", "times as fast"]
-    return [*_table(head, rows), "", f"{found['protocol']}; {found['software']['cpu']}.".capitalize()]
+    return [*_table(head, rows), "", f"Measured in {found['protocol']}; {found['software']['cpu']}."]
 
 
 def chain(found: dict[str, Any]) -> list[str]:
