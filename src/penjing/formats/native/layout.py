@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from penjing.formats.native.codecs.base import Parts, stream, stream_bytes
 from penjing.formats.native.codecs.codebook import huffman_bytes, huffman_names, huffman_parts, read_huffman
 from penjing.numerics.codebooks import CodebookGrid
 from penjing.numerics.grids import Grid
+from penjing.numerics.huffman import expected_bits
 from penjing.numerics.packing import unpack_bits
 from penjing.numerics.tensor_trains import Train
 from penjing.numerics.train_matrices import TrainMatrix
@@ -166,10 +168,11 @@ def _read_mask(parts: Parts, shape: tuple[int, int], scheme: Scheme) -> Tensor:
     return unpack_bits(packed.reshape(1, -1), 1, count).reshape(shape).bool()
 
 
-def _mask_frequencies(kept: float) -> Tensor:
-    """How often each byte of a mask occurs, fp64 (256,), when this fraction of all weights is kept, at random."""
+@lru_cache(maxsize=256)
+def _mask_bits(kept: float) -> float:
+    """Bits that a byte of a mask is coded in, when this fraction of all weights is kept, anywhere."""
     ones = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.float64)
-    return kept**ones * (1 - kept) ** (8 - ones)
+    return expected_bits(kept**ones * (1 - kept) ** (8 - ones))
 
 
 def parts_bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int) -> int:
@@ -193,7 +196,7 @@ def _bytes(shape: tuple[int, ...], scheme: Scheme, kept: int, itemsize: int) -> 
     total = 0
     if scheme.sparsity:
         mask = stream_bytes(rows * columns, 1)
-        total = huffman_bytes(mask, _mask_frequencies(kept / (rows * columns))) if _huffman(scheme) else mask
+        total = huffman_bytes(mask, _mask_bits(kept / (rows * columns))) if _huffman(scheme) else mask
     total += codec_for(scheme.grid).nbytes(shape, scheme.grid, kept) if scheme.grid else kept * itemsize
     total += 4 * columns if scheme.ordered else 0
     total += scheme.columns * (4 + rows * itemsize)

@@ -13,6 +13,7 @@ bytes of the mask do not, and where one weight in ten is left they take as many 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ def huffman_parts(part: str, symbols: Tensor) -> dict[str, Tensor]:
     return dict(zip(huffman_names(part), (coded.stream, coded.sizes, coded.lengths), strict=True))
 
 
-def huffman_bytes(count: int, frequencies: Tensor) -> int:
-    """What `huffman_parts` takes for `count` symbols that are as frequent as `frequencies` (n,) says."""
-    return round(count * expected_bits(frequencies) / 8 + blocks_of(count) * (2 + 0.5)) + 256
+def huffman_bytes(count: int, bits: float) -> int:
+    """What `huffman_parts` takes for `count` symbols of `bits` bits in the mean."""
+    return round(count * bits / 8 + blocks_of(count) * (2 + 0.5)) + 256
 
 
 def read_huffman(parts: Parts, part: str, count: int) -> Tensor:
@@ -54,6 +55,11 @@ def read_huffman(parts: Parts, part: str, count: int) -> Tensor:
         return decode(coded)
     except ValueError as error:
         raise FormatError(f"{parts.name}.weight_{stream_name}: {error}; the checkpoint is damaged") from error
+
+
+@cache
+def _bits(grid: CodebookGrid) -> float:
+    return expected_bits(grid.frequencies())
 
 
 class CodebookCodec:
@@ -85,7 +91,7 @@ class CodebookCodec:
         """Codes at their exact width and tables. With Huffman what is likely: how much it is, the weights decide."""
         rows, groups = grid.tables_of(shape)
         tables = rows * groups * grid.entries * grid.table_dtype.itemsize
-        return tables + (huffman_bytes(kept, grid.frequencies()) if grid.huffman else stream_bytes(kept, grid.bits))
+        return tables + (huffman_bytes(kept, _bits(grid)) if grid.huffman else stream_bytes(kept, grid.bits))
 
     def write(self, weight: Codebook, kept: Tensor | None) -> dict[str, Tensor]:
         """Tables and codes."""
