@@ -87,6 +87,12 @@ def test_comparison_names_reports_on_other_text(report):
     _check(page)
 
 
+def test_a_model_that_was_only_cut_has_no_picture_of_errors(report):
+    rows = tuple(dataclasses.replace(row, error=None) for row in report.modules)
+    assert "Where the error is" in html_page(dataclasses.replace(report, modules=rows))
+    assert "Where the error is" not in html_page(dataclasses.replace(report, modules=rows, block_errors=(0.0, 0.0)))
+
+
 def test_unmeasured_and_empty_reports(report):
     bare = dataclasses.replace(
         report, quality=None, protocol=None, calibration=None, modules=(), block_errors=(), seconds={}, verification={}

@@ -136,7 +136,7 @@ def _error_pictures(report: Report) -> str:
         columns = max(row.block or 0 for row in in_blocks) + 1
         caption = f"Relative error of every linear ({_kinds(in_blocks)}). Hover over a square for its numbers."
         pictures.append(charts.heat_map(cells, columns, left=left, caption=caption))
-    if report.block_errors:
+    if any(report.block_errors):  # a model that was only cut is compared with itself, and nothing changes
         titles = [f"block {index}: {error:.4f}" for index, error in enumerate(report.block_errors)]
         caption = "How much each block's output changes for the same inputs, relative, on a few probe tokens."
         pictures.append(charts.bars(report.block_errors, titles, left=left, caption=caption))
