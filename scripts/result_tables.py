@@ -51,9 +51,8 @@ def removed(found: dict[str, Any]) -> list[str]:
         return [f"{run['accuracy'][task]:.1%}" if "accuracy" in run else "" for task in asked]
 
     rows = [["dense", f"{dense['parameters']:,}", f"{dense['perplexity']:.2f}", "", *answers(dense)]]
-    for name in sorted(
-        (name for name in runs if not name.endswith(RECOVERED)), key=lambda name: name.rpartition(", ")[2]
-    ):
+    cuts = [name for name in runs if not name.endswith(RECOVERED)]
+    for name in sorted(cuts, key=lambda name: name.rpartition(", ")[2]):
         cut, after = runs[name], runs.get(name + RECOVERED, {})
         pairs = [f"{_perplexity(run)}, {run['kl']:.3f}" if run else "" for run in (cut, after)]
         rows.append([name, f"{cut['parameters']:,}", *pairs, *answers(after)])

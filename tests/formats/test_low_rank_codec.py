@@ -5,6 +5,8 @@ import torch
 
 import naive
 from penjing.errors import FormatError
+from penjing.formats.native.codecs.base import stream_bytes
+from penjing.formats.native.codecs.codebook import huffman_names
 from penjing.formats.native.layout import from_parts, parts_bytes, to_parts
 from penjing.methods.base import LinearInput
 from penjing.methods.low_rank.residual import residual
@@ -70,6 +72,11 @@ def test_huffman_codes_and_masks(kept):
     back, read = from_parts(parts, "module")
     assert read == scheme and torch.equal(back.dense(), weight.dense())
     assert isinstance(back, Codebook if kept is None else Masked)
+    survivors = 240 if kept is None else int(kept.sum())
+    coded = sum(parts[name].nbytes for name in huffman_names("codes"))
+    assert coded <= stream_bytes(survivors, 3) + 3 + 256  # as codes of one length, and a block
+    if kept is not None:
+        assert sum(parts[name].nbytes for name in huffman_names("mask")) <= 240 // 8 + 3 + 256
     damaged = parts | {"codes_lengths": torch.zeros_like(parts["codes_lengths"])}
     with pytest.raises(FormatError, match=r"weight_codes_stream: .*damaged"):
         from_parts(damaged, "module")
