@@ -11,15 +11,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
+
 _POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall-clock seconds and peak resident bytes of one process, its children apart (Linux)."""
+    """Wall-clock seconds and peak resident bytes of one process, its children apart (Linux).
+
+    processor  seconds that processors worked for it and for the children that it waited for: what others do on the same
+               machine hardly changes them
+    """
 
     seconds: float
     peak: int
+    processor: float
 
 
 def run(command: Sequence[str], log: Path, **environment: str) -> Measured:
@@ -29,17 +36,18 @@ def run(command: Sequence[str], log: Path, **environment: str) -> Measured:
     processes that it started itself, such as the one that loads a result to verify it.
     """
     start = time.perf_counter()
-    peak = 0
+    peak, processor = 0, 0.0
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
         while process.poll() is None:
             peak = max(peak, _high_water_mark(process.pid))
+            processor = max(processor, _processor_seconds(process.pid))
             time.sleep(_POLL)
     seconds = time.perf_counter() - start
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
-    return Measured(seconds, peak)
+    return Measured(seconds, peak, processor)
 
 
 def _high_water_mark(pid: int) -> int:
@@ -48,6 +56,14 @@ def _high_water_mark(pid: int) -> int:
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def _processor_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 @lru_cache

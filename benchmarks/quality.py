@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 from gptq_speed import write_dense
-from measured import import_baseline, run
+from measured import Measured, import_baseline, run
 from safetensors.torch import save_file
 
 from penjing import api
@@ -116,7 +116,7 @@ def own(name: str, dense: Path, steps: list[dict[str, Any]], options: argparse.N
     write_bytes(recipe, yaml.safe_dump({"version": 1, "steps": steps, "calibration": calibration}).encode())
     command = [sys.executable, "-m", "penjing", "compress", str(dense), "-r", str(recipe), "-o", str(directory)]
     cost = run([*command, "--no-eval"], options.work / "penjing.log")
-    return {"directory": directory, "seconds": cost.seconds, "memory": cost.peak - import_baseline()}
+    return {"directory": directory, **_spent(cost, import_baseline())}
 
 
 def peer(name: str, command: list[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -124,9 +124,12 @@ def peer(name: str, command: list[str], options: argparse.Namespace) -> dict[str
     directory = options.work / name.replace(" ", "-").replace(",", "")
     command = [str(directory) if word == OUTPUT else word for word in command]
     cost = run(command, options.work / "peer.log", HF_HUB_OFFLINE="1")
-    memory = cost.peak - import_baseline(command[0])
     found = next((path.parent for path in directory.rglob("config.json")), directory)
-    return {"directory": found, "seconds": cost.seconds, "memory": memory}
+    return {"directory": found, **_spent(cost, import_baseline(command[0]))}
+
+
+def _spent(cost: Measured, libraries: int) -> dict[str, float]:
+    return {"seconds": cost.seconds, "processor_seconds": cost.processor, "memory": cost.peak - libraries}
 
 
 def measure(dense: Path, made: Path, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,106 @@ def products(found: dict[str, Any]) -> list[str]:
     return [*_table(["weights", *shapes], rows), "", said]
 
 
+def students(found: dict[str, Any]) -> list[str]:
+    """Distilled students: perplexity, divergence from the teacher, agreement with it."""
+    rows = [
+        [name, f"{row['perplexity']:,.2f}", f"{row['kl']:.3f}", f"{row['top1']:.3f}"]
+        for name, row in sorted(found["students"].items(), key=lambda row: row[1]["kl"])
+    ]
+    setting = found["setting"]
+    said = (
+        f"{setting['layers']} layers, {setting['steps']} steps of {setting['batch']} x {setting['length']} tokens. "
+        f"Teacher: perplexity {found['teacher']['perplexity']:.2f}. Evaluation: {found['protocol']}."
+    )
+    return [*_table(["student", "perplexity", "KL", "same next token"], rows), "", said]
+
+
+def classifiers(found: dict[str, Any]) -> list[str]:
+    """A classifier and its students: size and accuracy, absolute and as a share of the teacher's."""
+    rows = [
+        [name, f"{row['parameters']:,}", f"{row['share']:.0%}", f"{row['accuracy']:.1%}", f"{row['of_teacher']:.1%}"]
+        for name, row in found["models"].items()
+    ]
+    head = ["model", "parameters", "of the teacher's", "accuracy", "of the teacher's"]
+    return [*_table(head, rows), "", f"Evaluation: {found['protocol']}."]
+
+
+def answers(found: dict[str, Any]) -> list[str]:
+    """Students of instructions: divergence on what they write themselves, and overlap with given answers."""
+    found = found["demo"]
+    rows = [
+        [name, f"{row['reverse_kl']:.3f}", f"{row['forward_kl']:.3f}", f"{row['rouge_l']:.3f}"]
+        for name, row in found["rows"].items()
+    ]
+    setting = found["setting"]
+    said = (
+        f"{setting['layers']} of the teacher's layers; {setting['first']} steps on given answers, then "
+        f"{setting['steps']} of {setting['batch']} pairs; learning rate {setting['learning_rate']:g}; "
+        f"{found['protocol']}."
+    )
+    return [*_table(["student", "reverse KL", "forward KL", "Rouge-L"], rows), "", said]
+
+
+def taught(found: dict[str, Any]) -> list[str]:
+    """Ways to teach a domain: what is stored, what it took, perplexity there."""
+    found = found["demo"]["adapters"]
+
+    def cell(row: dict[str, Any], key: str, unit: float, form: str) -> str:
+        return format(row[key] / unit, form) if key in row else ""
+
+    rows = [
+        [
+            name,
+            cell(row, "weights_bytes", 1e6, ".1f"),
+            cell(row, "task_bytes", 1e6, ".2f"),
+            cell(row, "peak_above_libraries_bytes", 1e6, ".0f"),
+            f"{row['perplexity']:.2f}",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    head = ["model", "MB of the model", "MB of the task", "MB of memory while training", "perplexity"]
+    setting = found["setting"]
+    said = (
+        f"Rank {setting['rank']}, {setting['steps']} steps of {setting['batch']} x {setting['length']} tokens. "
+        f"Evaluation: {found['protocol']}."
+    )
+    return [*_table(head, rows), "", said]
+
+
+def rounded(found: dict[str, Any]) -> list[str]:
+    """What training with rounded weights, inputs and cache gives back."""
+    found = found["demo"]["qat"]
+    rows = [[name, f"{row['perplexity']:.2f}", f"{row['kl']:.3f}"] for name, row in found["rows"].items()]
+    setting = found["setting"]
+    said = (
+        f"{setting['steps']} steps of {setting['batch']} windows of {setting['length']} tokens that the model wrote, "
+        f"learning rate {setting['learning_rate']:g}. Evaluation: {found['protocol']}."
+    )
+    return [*_table(["model", "perplexity", "KL"], rows), "", said]
+
+
+def peers(found: dict[str, Any]) -> list[str]:
+    """Penjing's recipes and its peers at the same bits, on every text."""
+    texts = list(found["texts"])
+    rows = [
+        [
+            *name.rsplit(", ", 1)[::-1],
+            *(f"{run['texts'][text]['kl']:.3f}, {_perplexity(run['texts'][text])}" for text in texts),
+            f"{run['processor_seconds']:.0f}",
+            f"{run['memory'] / 1e9:.2f}",
+        ]
+        for name, run in sorted(
+            found["runs"].items(), key=lambda row: (-int(row[0].split()[-2]), row[1]["texts"][texts[0]]["kl"])
+        )
+    ]
+    heads = [f"KL, perplexity ({text.removesuffix('.raw').removesuffix('.jsonl.gz')})" for text in texts]
+    dense = ", ".join(f"{told['dense_perplexity']:.2f}" for told in found["texts"].values())
+    said = [f"Dense: perplexity {dense}. Calibration: {found['calibration']}."]
+    said += [f"{name}: {told['protocol']}." for name, told in found["texts"].items()]
+    head = ["weights", "made by", *heads, "seconds of a processor", "GB above the libraries"]
+    return [*_table(head, rows), "", " ".join(said)]
+
+
 def _texts(found: dict[str, Any]) -> str:
     return f"Calibration: {found['calibration']}. Evaluation: {found['evaluation']}."
 
@@ -136,6 +236,12 @@ TABLES = {
     "equal_size": (equal_size, ("low_rank",)),
     "mixtures": (mixtures, ("allocation",)),
     "products": (products, ("binary_gemv",)),
+    "peers": (peers, ("quality",)),
+    "students": (students, ("distillation", "distillation_stories")),
+    "classifiers": (classifiers, ("encoders",)),
+    "answers": (answers, ("instructions",)),
+    "taught": (taught, ("tuning",)),
+    "rounded": (rounded, ("tuning",)),
 }
 """Mark in a page -> how a file of benchmarks/results is shown, and which files are, where they are there."""
 

@@ -33,6 +33,9 @@ def main(directory: str, probe: str, output: str, code: str, head: str, *modules
     for parameter in model.parameters():  # beside bitsandbytes' codes, transformers leaves what was stored in bf16
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    for module in model.modules():  # its fused kernel rounds inputs and products to bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     tokens = load_file(probe)["tokens"]
     with torch.no_grad():
         if head == "next-token":
