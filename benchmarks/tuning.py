@@ -37,7 +37,7 @@ from penjing.training.models import load_model, save_model
 from penjing.training.stage import read_batches
 from penjing.training.task_scales import save_task
 
-NF4 = {"method": "rtn", "type": "nf4", "group_size": 64, "double_quant": True}
+NF4 = {"type": "nf4", "group_size": 64, "double_quant": True}
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 64}
 ADAPTED = "adapter_model.safetensors"
 
@@ -55,7 +55,7 @@ def main() -> None:
     shown = ("rank", "steps", "batch", "length", "windows", "learning_rate", "scale_rate", "group", "pool")
     setting = {key: getattr(options, key) for key in shown}
     part = mine.setdefault(options.what, {"setting": setting, "software": Software.here().__dict__, "rows": {}})
-    wanted = options.rows.split(",") if options.rows else None
+    wanted = options.rows.split(";") if options.rows else None
     for name, row in (adapters if options.what == "adapters" else qat)(options):
         if wanted is not None and name not in wanted:
             continue
@@ -85,13 +85,14 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--scale-rate", type=float, default=2e-3, help="learning rate of PEQA's factors")
     parser.add_argument("--group", type=int, default=None, help="of LLM-QAT's weights; default: a row")
     parser.add_argument("--pool", type=int, default=64, help="windows that LLM-QAT's teacher writes")
-    parser.add_argument("--rows", default="", help="names with commas between them; default: all")
+    parser.add_argument("--rows", default="", help="names with `;` between them; default: all")
     return parser.parse_args()
 
 
 def adapters(options: argparse.Namespace) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """What is measured of every way to teach the domain."""
-    base = {"lora": "dense", "qlora": "nf4", "qlora-residual": "nf4", "peft": "nf4", "peqa": "gptq"}
+    base = {"lora": "dense", "peqa": "gptq", "qlora, gptq": "nf4, gptq"}
+    base |= dict.fromkeys(("qlora", "qlora-residual", "peft"), "nf4")
 
     def plain(directory: str) -> dict[str, Any]:
         _prepare(options, directory)
@@ -163,6 +164,10 @@ def _qlora(options: argparse.Namespace) -> None:
     train_adapter(options.work / "nf4", options.work / "qlora", _settings(options))
 
 
+def _qlora_gptq(options: argparse.Namespace) -> None:
+    train_adapter(options.work / "nf4, gptq", options.work / "qlora, gptq", _settings(options))
+
+
 def _qlora_residual(options: argparse.Namespace) -> None:
     settings, output = _settings(options, start="residual"), options.work / "qlora-residual"
     train_adapter(options.work / "nf4", output, settings, dense=options.work / "dense")
@@ -213,7 +218,8 @@ def _peqa(options: argparse.Namespace) -> None:
 
 BASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "dense": lambda options: {},
-    "nf4": lambda options: {"version": 1, "steps": [NF4], "format": "bitsandbytes"},
+    "nf4": lambda options: {"version": 1, "steps": [{"method": "rtn", **NF4}], "format": "bitsandbytes"},
+    "nf4, gptq": lambda options: _recipe(options, {"method": "gptq", **NF4}) | {"format": "bitsandbytes"},
     "gptq": lambda options: _recipe(options, GPTQ),
 }
 
@@ -221,6 +227,7 @@ TRAINED: dict[str, Callable[[argparse.Namespace], None]] = {
     "lora": _lora,
     "qlora": _qlora,
     "qlora-residual": _qlora_residual,
+    "qlora, gptq": _qlora_gptq,
     "peqa": _peqa,
     "peft": _peft,
 }

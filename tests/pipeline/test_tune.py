@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from penjing import api
 from penjing.errors import PlanError
 from penjing.pipeline import journal
-from penjing.pipeline.tune import divergence
 from runs import compress, recipe, shards, texts
 
 GPTQ = {"method": "gptq", "bits": 2, "group_size": 16}
@@ -117,9 +116,3 @@ def test_what_cannot_be_trained_is_refused_before_the_work(tiny_model, short, tm
     with pytest.raises(PlanError, match=reason):
         compress(tiny_model("llama"), recipe(short, *steps, format="native"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_divergence_is_that_of_the_definition():
-    dense, model = torch.randn(3, 7), torch.randn(3, 7)
-    p, q = dense.double().softmax(-1), model.double().softmax(-1)
-    assert divergence(dense, model).item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)

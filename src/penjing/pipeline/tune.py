@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from penjing.methods.base import ModelTask, Tuned
 from penjing.models import find
 from penjing.models.layout import ModuleSpec
+from penjing.numerics.divergence import forward_kl
 from penjing.pipeline.journal import Journal
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.walk import Progress
@@ -130,7 +131,7 @@ class FinishedModel:
 
     def _against_dense(self, window: int, at: slice, logits: Tensor) -> Tensor:
         """Sum of KL(dense || model) at some positions of a window."""
-        return divergence(self._heads[0](self._targets[window : window + 1, at]), logits)
+        return forward_kl(logits, self._heads[0](self._targets[window : window + 1, at])).sum()
 
     def _against_text(self, window: int, at: slice, logits: Tensor) -> Tensor:
         """Sum of the negative log-likelihoods of the tokens that follow them; the last position has none."""
@@ -163,12 +164,6 @@ class FinishedModel:
             old = load_file(self._directory / shard)
             shards[shard] = {name: changed.get(name, tensor) for name, tensor in old.items()}
         return shards
-
-
-def divergence(dense: Tensor, model: Tensor) -> Tensor:
-    """Sum over tokens of KL(softmax(dense) || softmax(model)) for logits (T, V)."""
-    wanted = dense.log_softmax(-1)
-    return (wanted.exp() * (wanted - model.log_softmax(-1))).sum()
 
 
 def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:

@@ -15,18 +15,15 @@ Source: Hinton et al. 2015 (arXiv:1503.02531) at temperature 1; as recovery afte
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from penjing.methods.adaptation.low_rank_change import LowRankChange, attach, matrices, merge, scale_of
 from penjing.methods.training import Batch, Loss, NextToken, Teacher, Training, TrainOptions, TrainTask, run, scored
 from penjing.models.layout import Layout
-
-ROWS = 256
-"""Tokens whose distributions are in memory at once, beside the logits."""
+from penjing.numerics.divergence import forward_kl
 
 
 class RecoverOptions(TrainOptions):
@@ -46,32 +43,6 @@ class RecoverOptions(TrainOptions):
         return sum(self.rank * sum(module.shape) for module in inside)
 
 
-class _ForwardKL(torch.autograd.Function):
-    """Sum over rows of KL(p || q) for logits (R, V); keeps the gradient q - p and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, model: Tensor, dense: Tensor) -> Tensor:
-        gradient = torch.empty_like(model)
-        total = torch.zeros((), device=model.device, dtype=torch.float64)
-        for into, own, wanted in zip(gradient.split(ROWS), model.split(ROWS), dense.split(ROWS), strict=True):
-            log_p, log_q = wanted.float().log_softmax(-1), own.float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum().double()
-            into.copy_(log_q.exp_() - p)
-        ctx.save_for_backward(gradient)
-        return total.float()
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer, None
-
-
-def forward_kl(model: Tensor, dense: Tensor) -> Tensor:
-    """Mean KL(p || q) in nats of logits (R, V) of the model to those of the dense one."""
-    return _ForwardKL.apply(model, dense) / max(len(model), 1)
-
-
 class MatchLogits(nn.Module):
     """The objective: KL to a teacher's next-token distribution, at the positions whose next token counts."""
 
@@ -83,8 +54,9 @@ class MatchLogits(nn.Module):
         """Its mean over those positions."""
         at = scored(batch)
         dense = self.teacher(batch).logits[:, :-1][at]
-        value = forward_kl(run(model, batch).logits[:, :-1][at], dense)
-        return Loss(value, int(at.sum()))
+        count = int(at.sum())
+        value = forward_kl(run(model, batch).logits[:, :-1][at], dense).sum() / max(count, 1)
+        return Loss(value, count)
 
 
 def train(task: TrainTask, options: RecoverOptions) -> Training:

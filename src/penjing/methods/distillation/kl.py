@@ -20,14 +20,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from penjing.methods.distillation.tokens import expected, log_probabilities
+from penjing.methods.distillation.tokens import log_probabilities
+from penjing.numerics.divergence import forward_kl
 
-
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) in nats per token: logits (..., V) -> (...). A token the teacher excludes (-inf) counts nothing."""
-    log_p, log_q = log_probabilities(teacher.detach(), temperature), log_probabilities(student, temperature)
-    p = log_p.exp()
-    return expected(p, log_p) - expected(p, log_q)
+__all__ = ["forward_kl", "reverse_kl"]
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
