@@ -17,7 +17,7 @@ from torch import nn
 import penjing
 from penjing.errors import ResumeError, TrainingError
 from penjing.methods.training import IGNORED, Loss, NextToken, Training, TrainOptions, next_token
-from penjing.training import Pair, Pairs, Windows, read_curve, train
+from penjing.training import Pair, Pairs, Windows, loop, read_curve, train
 from penjing.training.optimizers import share_of_rate
 from tiny_models import token_windows
 
@@ -28,6 +28,11 @@ OPTIONS = TrainOptions(steps=6, batch_size=4, micro_batch=2, learning_rate=1e-2,
 
 class Killed(BaseException):
     """Stands in for the signal."""
+
+
+@pytest.fixture(autouse=True)
+def _same_arithmetic_everywhere(monkeypatch) -> None:
+    monkeypatch.setattr(loop, "compute_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="module")
