@@ -137,7 +137,7 @@ def _in_its_own_process(name: str, options: argparse.Namespace) -> dict[str, Any
     arguments = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     cost = measured.run([sys.executable, __file__, name, *arguments], options.work / f"{name}.log")
     above = cost.peak - measured.import_baseline()
-    return {"seconds": round(cost.seconds, 1), "peak_above_libraries_bytes": above}
+    return {"processor_seconds": round(cost.processor, 1), "peak_above_libraries_bytes": above}
 
 
 def _settings(options: argparse.Namespace, **keys: Any) -> AdapterOptions:

@@ -135,7 +135,8 @@ def students(found: dict[str, Any]) -> list[str]:
         f"{setting['layers']} layers, {setting['steps']} steps of {setting['batch']} x {setting['length']} tokens. "
         f"Teacher: perplexity {found['teacher']['perplexity']:.2f}. Evaluation: {found['protocol']}."
     )
-    return [*_table(["student", "perplexity", "KL", "same next token"], rows), "", said]
+    title = f"**{MODELS.get(setting['model'], setting['model'])}**"
+    return [title, "", *_table(["student", "perplexity", "KL", "same next token"], rows), "", said]
 
 
 def classifiers(found: dict[str, Any]) -> list[str]:
