@@ -17,8 +17,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import measured
 import torch
@@ -40,6 +41,13 @@ from penjing.training.task_scales import save_task
 NF4 = {"type": "nf4", "group_size": 64, "double_quant": True}
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 64}
 ADAPTED = "adapter_model.safetensors"
+ON = {
+    "lora": "dense",
+    "peqa": "gptq",
+    **dict.fromkeys(("qlora", "qlora-residual", "peft"), "nf4"),
+    **dict.fromkeys(("qlora, gptq", "qlora-residual, gptq"), "nf4, gptq"),
+}
+"""What is trained on which base."""
 
 
 def main() -> None:
@@ -91,21 +99,19 @@ def _parsed() -> argparse.Namespace:
 
 def adapters(options: argparse.Namespace) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """What is measured of every way to teach the domain."""
-    base = {"lora": "dense", "peqa": "gptq", "qlora, gptq": "nf4, gptq"}
-    base |= dict.fromkeys(("qlora", "qlora-residual", "peft"), "nf4")
 
     def plain(directory: str) -> dict[str, Any]:
         _prepare(options, directory)
         return {"weights_bytes": _bytes(options.work / directory), **_measure(options, options.work / directory, None)}
 
     def taught(name: str) -> dict[str, Any]:
-        _prepare(options, base[name])
+        _prepare(options, ON[name])
         cost = _in_its_own_process(name, options)
         result = options.work / name
         if name == "peqa":
             size = save_task(options.work / "gptq", result, options.work / "task.safetensors")
             return {"weights_bytes": _bytes(result), "task_bytes": size, **cost, **_measure(options, result, None)}
-        on = options.work / base[name]
+        on = options.work / ON[name]
         return {
             "weights_bytes": _bytes(on),
             "task_bytes": (result / ADAPTED).stat().st_size,
@@ -156,21 +162,9 @@ def _settings(options: argparse.Namespace, **keys: Any) -> AdapterOptions:
     )
 
 
-def _lora(options: argparse.Namespace) -> None:
-    train_adapter(options.work / "dense", options.work / "lora", _settings(options))
-
-
-def _qlora(options: argparse.Namespace) -> None:
-    train_adapter(options.work / "nf4", options.work / "qlora", _settings(options))
-
-
-def _qlora_gptq(options: argparse.Namespace) -> None:
-    train_adapter(options.work / "nf4, gptq", options.work / "qlora, gptq", _settings(options))
-
-
-def _qlora_residual(options: argparse.Namespace) -> None:
-    settings, output = _settings(options, start="residual"), options.work / "qlora-residual"
-    train_adapter(options.work / "nf4", output, settings, dense=options.work / "dense")
+def _adapter(options: argparse.Namespace, name: str, start: Literal["zero", "residual"] = "zero") -> None:
+    dense = options.work / "dense" if start == "residual" else None
+    train_adapter(options.work / ON[name], options.work / name, _settings(options, start=start), dense=dense)
 
 
 def _peft(options: argparse.Namespace) -> None:
@@ -224,10 +218,11 @@ BASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 TRAINED: dict[str, Callable[[argparse.Namespace], None]] = {
-    "lora": _lora,
-    "qlora": _qlora,
-    "qlora-residual": _qlora_residual,
-    "qlora, gptq": _qlora_gptq,
+    "lora": partial(_adapter, name="lora"),
+    "qlora": partial(_adapter, name="qlora"),
+    "qlora-residual": partial(_adapter, name="qlora-residual", start="residual"),
+    "qlora, gptq": partial(_adapter, name="qlora, gptq"),
+    "qlora-residual, gptq": partial(_adapter, name="qlora-residual, gptq", start="residual"),
     "peqa": _peqa,
     "peft": _peft,
 }

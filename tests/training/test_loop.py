@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def _same_arithmetic_everywhere(monkeypatch) -> None:
+def _same_arithmetic_everywhere(monkeypatch) -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
     monkeypatch.setattr(loop, "compute_dtype", lambda device: torch.float32)
+    AcceleratorState._reset_state(True)  # it holds what other tests of this process computed in
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
