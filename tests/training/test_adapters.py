@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from penjing.errors import CheckpointError, FormatError
 from penjing.training.adapters import AdapterOptions, Adapters, decoded, load_base, train_adapter
+from penjing.training.peft_files import read_adapter
 from runs import compress, recipe, texts
 from tiny_models import token_windows
 
@@ -150,3 +151,11 @@ def test_other_adapters_are_refused(entries, told, options, tiny_model, tmp_path
         Adapters(load_base(tiny_model("llama"))).add("one", tmp_path)
     with pytest.raises(CheckpointError, match="not an adapter"):
         Adapters(load_base(tiny_model("llama"))).add("one", tmp_path / "nowhere")
+
+
+def test_a_damaged_adapter_is_named(options, tiny_model, tmp_path):
+    train_adapter(tiny_model("llama"), tmp_path, options.model_copy(update={"steps": 1}))
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*download it again"):
+        read_adapter(tmp_path)

@@ -76,6 +76,10 @@ def test_what_is_no_task(tiny_model, tmp_path):
         save_task(model, other, tmp_path / "task.safetensors")
     with pytest.raises(CheckpointError, match="not a task"):
         apply_task(model, other / "model.safetensors")
+    (other / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    for damaged in (lambda: apply_task(model, other / "model.safetensors"), lambda: save_task(model, other, model)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .*download it again"):
+            damaged()
     shutil.rmtree(other)
     with pytest.raises(CheckpointError, match="no safetensors"):
         save_task(model, other, tmp_path / "task.safetensors")

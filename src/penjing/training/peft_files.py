@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from penjing.checkpoint.safetensors_header import read_header
 from penjing.errors import CheckpointError
 from penjing.methods.adaptation.lora import Adapter
 from penjing.methods.adaptation.low_rank_change import scale_of
@@ -20,12 +21,17 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (
 
 
 def read_adapter(directory: Path) -> dict[str, Adapter]:
-    """The changes in a directory that PEFT wrote, by module name. Raises CheckpointError naming what is not LoRA."""
+    """The changes in a directory that PEFT wrote, by module name.
+
+    Raises CheckpointError naming the damaged file, or what is not LoRA.
+    """
     try:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: not an adapter that PEFT wrote: {error}") from error
+    file = directory / "adapter_model.safetensors"
+    read_header(file)  # says what is wrong with a damaged file
+    tensors = load_file(file)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{directory}: a {config.get('peft_type')} adapter; only LoRA, rsLoRA and DoRA are read")
     odd = [key for key, allowed in _PLAIN.items() if config.get(key, allowed[0]) not in allowed]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from penjing.checkpoint import write_shard
+from penjing.checkpoint.safetensors_header import read_header
 from penjing.errors import CheckpointError
 
 _KIND = {"kind": "penjing task"}
@@ -40,13 +40,12 @@ def apply_task(model: Path, file: Path) -> None:
 
     A task holds every tensor in which models of its family differ from their base, so one takes the place of another
     if both were saved against the same base and change the same tensors; applying the base's own values undoes it.
-    Raises CheckpointError when the model has no such tensor, or one of another shape.
+    Raises CheckpointError when a file is damaged, or the model has no such tensor, or one of another shape.
     """
-    with safe_open(file, "pt") as opened:
-        if (opened.metadata() or {}).get("kind") != _KIND["kind"]:
-            raise CheckpointError(f"{file} is not a task")
+    if read_header(file).metadata.get("kind") != _KIND["kind"]:
+        raise CheckpointError(f"{file} is not a task")
     task = load_file(file)
-    shards = {path: load_file(path) for path in sorted(model.glob("*.safetensors"))}
+    shards = {path: _load(path) for path in sorted(model.glob("*.safetensors"))}
     known = {name: value for tensors in shards.values() for name, value in tensors.items()}
     for name, value in task.items():
         if name not in known or known[name].shape != value.shape or known[name].dtype != value.dtype:
@@ -58,7 +57,12 @@ def apply_task(model: Path, file: Path) -> None:
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found = {name: value for path in directory.glob("*.safetensors") for name, value in load_file(path).items()}
+    found = {name: value for path in directory.glob("*.safetensors") for name, value in _load(path).items()}
     if not found:
         raise CheckpointError(f"{directory}: no safetensors there")
     return found
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    read_header(path)  # says what is wrong with a damaged file
+    return load_file(path)
