@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from penjing.numerics.divergence import ROWS, forward_kl
 
@@ -50,3 +51,13 @@ def test_half_precision_and_nothing():
     worked = torch.tensor([3.0, 1.0]).log().requires_grad_()
     forward_kl(worked, torch.zeros(2)).backward()
     torch.testing.assert_close(worked.grad, torch.tensor([0.25, -0.25]))
+
+
+def test_checkpointing_drops_the_gradient_and_makes_it_again():
+    student, teacher = torch.randn(5, 9, requires_grad=True), torch.randn(5, 9)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        forward_kl(student, teacher)
+    assert [value.shape for value in kept] == [(5, 9)]
+    checkpoint(forward_kl, student, teacher, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1))

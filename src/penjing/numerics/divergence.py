@@ -22,8 +22,7 @@ ROWS = 256
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if wanted else None
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         values = []
         for start in range(0, len(student), ROWS):
             rows = slice(start, start + ROWS)
@@ -36,12 +35,14 @@ class _ForwardKL(torch.autograd.Function):
             values.append(value)
             if gradient is not None:
                 gradient[rows] = log_q.exp_().sub_(p)
-        ctx.gradient, ctx.temperature = gradient, temperature
+        ctx.save_for_backward(gradient)  # and not as an attribute: checkpointing drops what is saved, and only that
+        ctx.temperature = temperature
         return torch.cat(values) if values else student.new_zeros(0, dtype=_wide(student))
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient * (outer / ctx.temperature)[:, None].to(ctx.gradient.dtype), None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * (outer / ctx.temperature)[:, None].to(gradient.dtype), None, None
 
 
 def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
