@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -10,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import psutil
 
 _POLL = 0.05  # seconds
 
@@ -36,18 +35,17 @@ def run(command: Sequence[str], log: Path, **environment: str) -> Measured:
     processes that it started itself, such as the one that loads a result to verify it.
     """
     start = time.perf_counter()
-    peak, processor = 0, 0.0
+    peak, before = 0, _processor_seconds()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
         while process.poll() is None:
             peak = max(peak, _high_water_mark(process.pid))
-            processor = max(processor, _processor_seconds(process.pid))
             time.sleep(_POLL)
     seconds = time.perf_counter() - start
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
-    return Measured(seconds, peak, processor)
+    return Measured(seconds, peak, _processor_seconds() - before)
 
 
 def _high_water_mark(pid: int) -> int:
@@ -58,12 +56,10 @@ def _high_water_mark(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def _processor_seconds(pid: int) -> float:
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system + times.children_user + times.children_system)
+def _processor_seconds() -> float:
+    """Of all children that were waited for so far, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @lru_cache

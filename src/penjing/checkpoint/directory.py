@@ -203,3 +203,11 @@ def _language_model_names(model_type: str, stored: dict[str, Path]) -> dict[str,
     if model_type == "gpt_neox" and "lm_head.weight" in named:
         named["embed_out.weight"] = named.pop("lm_head.weight")
     return named
+
+
+def load_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises CheckpointError saying what is wrong with a damaged one."""
+    from safetensors.torch import load_file
+
+    read_header(path)
+    return load_file(path)

@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from penjing.methods.base import ModelTask, Tuned
+from penjing.methods.distillation.kl import forward_kl
 from penjing.models import find
 from penjing.models.layout import ModuleSpec
-from penjing.numerics.divergence import forward_kl
 from penjing.pipeline.journal import Journal
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.walk import Progress

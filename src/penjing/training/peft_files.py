@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from penjing.checkpoint.safetensors_header import read_header
+from penjing.checkpoint import load_shard
 from penjing.errors import CheckpointError
 from penjing.methods.adaptation.lora import Adapter
 from penjing.methods.adaptation.low_rank_change import scale_of
@@ -29,9 +28,7 @@ def read_adapter(directory: Path) -> dict[str, Adapter]:
         config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: not an adapter that PEFT wrote: {error}") from error
-    file = directory / "adapter_model.safetensors"
-    read_header(file)  # says what is wrong with a damaged file
-    tensors = load_file(file)
+    tensors = load_shard(directory / "adapter_model.safetensors")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{directory}: a {config.get('peft_type')} adapter; only LoRA, rsLoRA and DoRA are read")
     odd = [key for key, allowed in _PLAIN.items() if config.get(key, allowed[0]) not in allowed]

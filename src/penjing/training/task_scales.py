@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from penjing.checkpoint import write_shard
+from penjing.checkpoint import load_shard, write_shard
 from penjing.checkpoint.safetensors_header import read_header
 from penjing.errors import CheckpointError
 
@@ -44,8 +43,8 @@ def apply_task(model: Path, file: Path) -> None:
     """
     if read_header(file).metadata.get("kind") != _KIND["kind"]:
         raise CheckpointError(f"{file} is not a task")
-    task = load_file(file)
-    shards = {path: _load(path) for path in sorted(model.glob("*.safetensors"))}
+    task = load_shard(file)
+    shards = {path: load_shard(path) for path in sorted(model.glob("*.safetensors"))}
     known = {name: value for tensors in shards.values() for name, value in tensors.items()}
     for name, value in task.items():
         if name not in known or known[name].shape != value.shape or known[name].dtype != value.dtype:
@@ -57,12 +56,7 @@ def apply_task(model: Path, file: Path) -> None:
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found = {name: value for path in directory.glob("*.safetensors") for name, value in _load(path).items()}
+    found = {name: value for path in directory.glob("*.safetensors") for name, value in load_shard(path).items()}
     if not found:
         raise CheckpointError(f"{directory}: no safetensors there")
     return found
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    read_header(path)  # says what is wrong with a damaged file
-    return load_file(path)

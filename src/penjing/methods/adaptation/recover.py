@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import nn
 
 from penjing.methods.adaptation.low_rank_change import LowRankChange, attach, matrices, merge, scale_of
+from penjing.methods.distillation.kl import forward_kl
 from penjing.methods.training import Batch, Loss, NextToken, Teacher, Training, TrainOptions, TrainTask, run, scored
 from penjing.models.layout import Layout
-from penjing.numerics.divergence import forward_kl
 
 
 class RecoverOptions(TrainOptions):

@@ -5,7 +5,8 @@
 
 Forward KL spreads the student over all that the teacher may say; reverse KL has it say only what the teacher finds
 likely, which is better for a student too small to say it all, when its own sequences are judged (MiniLLM). Both are
-computed from log-softmax in fp32: log of an exponential would lose the unlikely tokens.
+computed from log-softmax in fp32: log of an exponential would lose the unlikely tokens. Of forward KL, q - p is made
+with the value and is all that is kept; autograd would keep five matrices of tokens x vocabulary.
 
 With a temperature T both distributions are softmax(logits / T); whoever mixes losses of unequal temperature multiplies
 by T^2 (see `soft_labels`), because gradients shrink with 1 / T^2.
@@ -18,12 +19,52 @@ Source: Kullback, Leibler 1951; as losses of language models Gu et al. 2024 (arX
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from penjing.methods.distillation.tokens import log_probabilities
-from penjing.numerics.divergence import forward_kl
+from penjing.methods.distillation.tokens import expected, log_probabilities, wide
 
-__all__ = ["forward_kl", "reverse_kl"]
+ROWS = 256
+"""Rows whose distributions are in memory at once."""
+
+
+class _ForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        values = []
+        for start in range(0, len(student), ROWS):
+            rows = slice(start, start + ROWS)
+            log_p, log_q = (log_probabilities(logits[rows], temperature) for logits in (teacher, student))
+            p = log_p.exp()
+            difference = log_p.sub_(log_q)
+            value = torch.linalg.vecdot(p, difference)
+            if value.isnan().any():  # something infinite where p is zero
+                value = expected(p, difference)
+            values.append(value)
+            if gradient is not None:
+                gradient[rows] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(gradient)  # and not as an attribute: checkpointing drops what is saved, and only that
+        ctx.temperature = temperature
+        return torch.cat(values) if values else wide(student.new_zeros(0))
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (outer / ctx.temperature)[:, None].to(gradient.dtype), None, None
+
+
+def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) in nats per token: logits (..., V) -> (...), fp32 at least. Only the student's have a gradient.
+
+    A token that the teacher excludes (-inf) counts nothing.
+    """
+    values: Tensor = _ForwardKL.apply(
+        *(logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher.detach())), temperature
+    )
+    return values.reshape(student.shape[:-1])
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from penjing.numerics.divergence import ROWS, forward_kl
+from penjing.methods.distillation.kl import ROWS, forward_kl
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
