@@ -5,8 +5,9 @@
 
 Every entry is symmetric with groups of 64 and scales in 16 bits, HQQ has groups of 128 with zero points, which take as
 many; embedding and head stay as they are. The peers live in environments of their own (`pip install torch==2.13.0
-llmcompressor==0.14.0 auto-round==0.15.1 hqq==0.2.8.post1`, and `gptqmodel==7.7.0`). What was measured before stays in
-the output and is not measured again: remove the file to start afresh. `--only` names rows: some take an hour.
+llmcompressor==0.14.0 auto-round==0.15.1 hqq==0.2.8.post1`, and `gptqmodel==7.7.0`). Models are made first, one after
+the other, each with a note of what it cost beside it; then all of them are measured together, so that the dense model
+runs once for each text. What was made or measured before is not done again. `--only` names rows: some take an hour.
 """
 
 from __future__ import annotations
@@ -14,35 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from gptq_speed import write_dense
-from measured import Measured, import_baseline, run
+from measured import import_baseline, run
 from safetensors.torch import save_file
 
 from penjing import api
 from penjing.checkpoint import open_checkpoint, write_bytes
 from penjing.evaluation.report import Software
 from penjing.pipeline.text import TextSource
-from penjing.recipe import Calibration
+from penjing.recipe import Calibration, load_recipe
 
 HERE, OUTPUT = Path(__file__).parent, "OUTPUT"
 
 
-def ours(bits: int, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Name -> steps of each recipe that is compared."""
+def ours(bits: int) -> dict[str, dict[str, Any]]:
+    """Name -> recipe of each that is compared, but for its calibration text."""
     grid = {"bits": bits, "group_size": 64, "scale_rule": "signed-max"}
-    training = {"method": "e2e-qp", "batch_size": 4, "iterations": options.training}
+    best = load_recipe(f"best-{bits}bit").as_dict()
+    best_text = {key: best["calibration"][key] for key in ("token_weights",)}
     return {
-        "rtn": [{"method": "rtn", **grid}],
-        "gptq": [{"method": "gptq", **grid, "scale_search": "diagonal"}],
-        "gptq, e2e-qp": [{"method": "gptq", **grid, "scale_search": "diagonal"}, training],
-        "autoround": [{"method": "autoround", **grid, "iterations": 50}],
-        "autoround, e2e-qp": [{"method": "autoround", **grid, "iterations": 50}, training],
+        "rtn": {"steps": [{"method": "rtn", **grid}]},
+        "gptq": {"steps": [{"method": "gptq", **grid, "scale_search": "diagonal"}]},
+        "gptq, tokens weighed": {
+            "steps": [{"method": "gptq", **grid, "scale_search": "diagonal"}],
+            "calibration": {"token_weights": "gradient"},
+        },
+        f"best-{bits}bit": {"steps": best["steps"], "calibration": best_text},
     }
 
 
@@ -74,9 +76,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--windows", type=int, nargs="+", default=[12, 6], help="of each text")
     parser.add_argument("--evaluation-length", type=int, default=2048)
-    parser.add_argument("--training", type=int, default=48, help="iterations of e2e-qp")
     parser.add_argument("--iterations", type=int, nargs="*", default=[50, 200], help="of AutoRound")
     parser.add_argument("--only", nargs="*", help="rows by name, without their bits")
     options = parser.parse_args()
@@ -86,63 +87,73 @@ def main() -> None:
         Calibration(data=options.calibration, samples=options.samples, length=options.length)
     )
     save_file({"tokens": calibration.tokens}, options.work / "tokens.safetensors")
+    costs = {name: make(name, job, dense, options) for name, job in jobs(dense, options).items()}
     result: dict[str, Any] = {"runs": {}}
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
-    for bits in options.bits:
-        jobs: dict[str, Callable[[str], dict[str, Any]]] = {
-            f"penjing {name}": partial(own, dense=dense, steps=steps, options=options)
-            for name, steps in ours(bits, options).items()
-        }
-        for name, command in theirs(bits, dense, options).items():
-            jobs[name] = partial(peer, command=command, options=options)
-        jobs = {f"{name}, {bits} bits": job for name, job in jobs.items() if not options.only or name in options.only}
-        for name, job in jobs.items():
-            if name not in result["runs"]:
-                entry = job(name)
-                entry["texts"] = measure(dense, entry.pop("directory"), options, result)
-                result["runs"][name] = entry
-                result["calibration"] = calibration.protocol.sentence()
-                result["software"] = Software.here().__dict__
-                write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
-                print(name, json.dumps(result["runs"][name]), flush=True)
+    fresh = {name: made for name, (made, _) in costs.items() if name not in result["runs"]}
+    if not fresh:
+        return
+    measured = measure(dense, fresh, options, result)
+    for name in fresh:
+        result["runs"][name] = costs[name][1] | {"texts": measured[name]}
+        print(name, json.dumps(result["runs"][name]), flush=True)
+    result["calibration"] = calibration.protocol.sentence()
+    result["software"] = Software.here().__dict__
+    write_bytes(options.output, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def own(name: str, dense: Path, steps: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """`penjing compress` as a user runs it, without the evaluation."""
-    directory = options.work / name.replace(" ", "-").replace(",", "")
-    calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
-    recipe = options.work / "recipe.yaml"
-    write_bytes(recipe, yaml.safe_dump({"version": 1, "steps": steps, "calibration": calibration}).encode())
-    command = [sys.executable, "-m", "penjing", "compress", str(dense), "-r", str(recipe), "-o", str(directory)]
-    cost = run([*command, "--no-eval"], options.work / "penjing.log")
-    return {"directory": directory, **_spent(cost, import_baseline())}
-
-
-def peer(name: str, command: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """A peer's script on the same windows."""
-    directory = options.work / name.replace(" ", "-").replace(",", "")
-    command = [str(directory) if word == OUTPUT else word for word in command]
-    cost = run(command, options.work / "peer.log", HF_HUB_OFFLINE="1")
-    found = next((path.parent for path in directory.rglob("config.json")), directory)
-    return {"directory": found, **_spent(cost, import_baseline(command[0]))}
-
-
-def _spent(cost: Measured, libraries: int) -> dict[str, float]:
-    return {"seconds": cost.seconds, "processor_seconds": cost.processor, "memory": cost.peak - libraries}
-
-
-def measure(dense: Path, made: Path, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity and KL to the dense model, by text."""
+def jobs(dense: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Row -> command that makes its model."""
     found = {}
-    for text in options.evaluation:
-        reference, measured = api.compare(
-            [dense, made], data=text, windows=options.windows, length=options.evaluation_length
-        )
-        quality, name = measured.quality, Path(text).name
+    for bits in options.bits:
+        for name, keys in ours(bits).items():
+            if not options.only or name in options.only:
+                found[f"penjing {name}, {bits} bits"] = own(f"{name}-{bits}", dense, keys, options)
+        for name, command in theirs(bits, dense, options).items():
+            if not options.only or name in options.only:
+                found[f"{name}, {bits} bits"] = command
+    return found
+
+
+def own(name: str, dense: Path, keys: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """`penjing compress` as a user runs it, without the evaluation."""
+    calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
+    recipe = {"version": 1, **keys, "calibration": calibration | keys.get("calibration", {})}
+    path = options.work / f"{name.replace(' ', '-').replace(',', '')}.yaml"
+    write_bytes(path, yaml.safe_dump(recipe).encode())
+    return [sys.executable, "-m", "penjing", "compress", str(dense), "-r", str(path), "-o", OUTPUT, "--no-eval"]
+
+
+def make(name: str, command: list[str], dense: Path, options: argparse.Namespace) -> tuple[Path, dict[str, float]]:
+    """Directory of the model of a row, and what it cost: seconds, seconds of processors, bytes above the libraries."""
+    directory = options.work / name.replace(" ", "-").replace(",", "")
+    note = directory.with_name(f"{directory.name}.cost.json")
+    if not note.is_file():
+        words = [str(directory) if word == OUTPUT else word for word in command]
+        cost = run(words, directory.with_name(f"{directory.name}.log"), HF_HUB_OFFLINE="1")
+        spent = {"seconds": cost.seconds, "processor_seconds": cost.processor}
+        spent["memory"] = cost.peak - import_baseline(command[0])
+        write_bytes(note, json.dumps(spent).encode())
+        print(name, json.dumps(spent), flush=True)
+    found = next((path.parent for path in directory.rglob("config.json")), directory)
+    return found, json.loads(note.read_text(encoding="utf-8"))
+
+
+def measure(
+    dense: Path, made: dict[str, Path], options: argparse.Namespace, result: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Perplexity and KL to the dense model of every row, by text."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in made}
+    for text, windows in zip(options.evaluation, options.windows, strict=True):
+        models = [dense, *made.values()]
+        reference, *others = api.compare(models, data=text, windows=windows, length=options.evaluation_length)
         told = {"protocol": reference.protocol.sentence(), "dense_perplexity": reference.quality.perplexity}
-        result.setdefault("texts", {})[name] = told
-        found[name] = {"perplexity": quality.perplexity, "kl": quality.kl, "top1": quality.top1}
+        result.setdefault("texts", {})[Path(text).name] = told
+        for name, other in zip(made, others, strict=True):
+            quality = other.quality
+            entry = {"perplexity": quality.perplexity, "kl": quality.kl, "top1": quality.top1}
+            found[name][Path(text).name] = entry
     return found
 
 

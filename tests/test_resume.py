@@ -61,12 +61,19 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("steps", "propagate"),
-    [(HYBRID, "compressed"), (AWQ, "original"), (ROTATED, "compressed"), (ASYMMETRIC, "compressed")],
-    ids=["hybrid", "awq", "rotated", "asymmetric"],
+    ("steps", "propagate", "token_weights"),
+    [
+        (HYBRID, "compressed", "alike"),
+        (AWQ, "original", "alike"),
+        (ROTATED, "compressed", "alike"),
+        (ASYMMETRIC, "compressed", "alike"),
+        (ASYMMETRIC, "compressed", "gradient"),
+    ],
+    ids=["hybrid", "awq", "rotated", "asymmetric", "weighed"],
 )
-def test_stopped_at_every_shard(steps, propagate, tiny_model, short, tmp_path, monkeypatch) -> None:
+def test_stopped_at_every_shard(steps, propagate, token_weights, tiny_model, short, tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", layers=LAYERS)
+    short["calibration"]["token_weights"] = token_weights
     wanted = recipe(short, *steps, propagate=propagate)
     report = compress(model, wanted, tmp_path / "whole", evaluated=False)
     expected = shards(tmp_path / "whole")

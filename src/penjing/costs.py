@@ -38,6 +38,16 @@ def needs_original(recipe: Recipe) -> bool:
     )
 
 
+def weighs_tokens(recipe: Recipe) -> bool:
+    """Whether gradients say how much each calibration token counts in what some step looks at."""
+    return recipe.calibration.token_weights == "gradient" and any(weighs(step) for step in recipe.steps)
+
+
+def weighs(step: Step) -> bool:
+    """Whether tokens may count differently in what a step looks at."""
+    return any(statistics.weighs(kind) for kind in step.definition.needs(step.options))
+
+
 def compares(step: Step) -> bool:
     """Whether the step looks at the inputs of the dense model beside those of the compressed one."""
     return any(statistics.compares(kind) for kind in step.definition.needs(step.options))
@@ -70,9 +80,34 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
         largest = max(module.parameters for modules in blocks for module in modules)
         states["a matrix that is rewritten, in fp64"] = 3 * 8 * largest
     moments = [{"embedding or head": outside, **states}, {**inside, **states}]
+    if weighs_tokens(recipe):
+        moments.append(_weighing(recipe, layout, block, outside))
     if any(step.definition.tune for step in recipe.steps):
         moments.append(_training(recipe, layout, block, outside))
     return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _weighing(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
+    """While gradients of the dense model's predictions are taken."""
+    length, linears = recipe.calibration.length, [module for module in layout.modules if module.kind == "linear"]
+    of_window = 4 * length * layout.embedding.shape[1]
+    windows = windows_at_once(recipe.calibration.samples, of_window, layout.blocks)
+    return {
+        "a block, embedding, head": block + 2 * outside,
+        "inputs of all blocks, some windows at a time": of_window * windows * (layout.blocks + 2),
+        "activations of a batch": 4 * max(BATCH_TOKENS, length) * 16 * max(module.shape[0] for module in linears),
+        "logits of a window and their gradients": 4 * 4 * length * layout.embedding.shape[0],
+        "weights of the tokens": 4 * recipe.calibration.samples * length * len(linears),
+    }
+
+
+INPUTS_AT_ONCE = 1 << 30
+"""Bytes of block inputs that gradients are taken on at once, unless the hidden states of all windows take more."""
+
+
+def windows_at_once(windows: int, of_window: int, blocks: int) -> int:
+    """Of `windows` that take `of_window` bytes before each of `blocks` blocks, how many go there and back together."""
+    return max(1, min(windows, max(INPUTS_AT_ONCE, windows * of_window) // (blocks * of_window)))
 
 
 def _training(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
@@ -84,8 +119,8 @@ def _training(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[
         "a block: decoded, its gradients": 3 * block,
         "heads of the dense and the finished model": 2 * outside,
         "hidden states of the calibration windows": 2 * 4 * tokens * width,
-        "block inputs of a window, and a block's activations": 4
-        * recipe.calibration.length
+        "block inputs of a batch, and a block's activations": 4
+        * max(BATCH_TOKENS, recipe.calibration.length)
         * (width * layout.blocks + 16 * max(module.shape[1] for module in layout.modules if module.kind == "linear")),
         "logits": 6 * 4 * 256 * layout.embedding.shape[0],
     }
@@ -139,4 +174,5 @@ def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]
     forward = 2.0 * sum(module.parameters for module, _ in linears)
     widths = [module.shape[1] for module, steps in linears if steps]
     passes = sum(step.definition.passes(step.options, recipe.calibration.samples) for step in recipe.steps)
+    passes += 3 if weighs_tokens(recipe) else 0
     return tokens * ((2 + passes) * forward + sum(width * width for width in widths) / 2)

@@ -45,6 +45,11 @@ class Calibration(_Section):
     length: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="chooses the windows")
     chat_template: bool = Field(False, description="render records that hold messages with the model's chat template")
+    token_weights: Literal["alike", "gradient"] = Field(
+        "alike",
+        description="how much each token counts in Gram matrices: all alike, or by the gradient that reaches a linear "
+        "through it, from one more pass forward and back through the dense model",
+    )
     spill: bool = Field(False, description="keep the windows' hidden states in a file beside the output, not in memory")
 
 

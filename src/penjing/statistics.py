@@ -185,6 +185,11 @@ def compares(kind: StatisticType) -> bool:
     return kind is CrossGram
 
 
+def weighs(kind: StatisticType) -> bool:
+    """Whether tokens count in a statistic as much as `calibration.token_weights` says; all alike in the others."""
+    return kind in (Gram, CrossGram)
+
+
 class TokenSample:
     """A few of the inputs themselves: `value` (T', K) in the dtype seen, T' at most `limit`.
 

@@ -144,3 +144,28 @@ def test_a_linear_that_only_one_model_reached_is_an_error():
 
     with pytest.raises(RuntimeError, match="q ran with the compressed model's states"):
         compare(Fickle(), {"q": [CrossGram]}, [torch.ones(2, 6)], [-torch.ones(2, 6)])
+
+
+def test_tokens_count_by_their_weights_where_a_statistic_weighs_them():
+    module, windows = Attention(), [torch.randn(2, 5, 6) for _ in range(3)]
+    dense = [window + 0.1 * torch.randn_like(window) for window in windows]
+    weights = torch.rand(30) * 4
+    needs = {"q": [Gram, CrossGram, ColumnNorm], "k": [Gram, AbsMax], "o": [Gram]}
+    with Observer(module, find, needs, {"q": weights, "k": weights}) as observer:
+        for window, original in zip(windows, dense, strict=True):
+            with observer.forward():
+                module(window)
+            with observer.beside():
+                module(original)
+    tokens, originals = (torch.cat(parts).flatten(0, 1).double() for parts in (windows, dense))
+    weighted = tokens * weights.double()[:, None]
+    q, k, o = (observer.statistics[name] for name in "qko")
+    assert q[Gram] is k[Gram]
+    torch.testing.assert_close(q[Gram].value.double(), tokens.T @ weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        q[CrossGram].value.sum(0).double(), (originals - tokens).T @ weighted, rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(q[ColumnNorm].value.double(), tokens.square().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(k[AbsMax].value.double(), tokens.abs().amax(0))
+    seen = (module.q(torch.cat(windows)) * module.k(torch.cat(windows))).flatten(0, 1)
+    torch.testing.assert_close(o[Gram].value, (seen.T @ seen).detach(), rtol=1e-4, atol=1e-4)

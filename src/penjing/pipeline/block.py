@@ -28,7 +28,7 @@ from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, LowRank, Masked, Representation
-from penjing.statistics import Statistics, StatisticType, compares, unseen
+from penjing.statistics import Statistics, StatisticType, compares, unseen, weighs
 
 
 @dataclass
@@ -103,17 +103,20 @@ class BlockCompressor:
         module: nn.Module,
         forwards: Iterable[Callable[[], object]],
         dense: Iterable[Callable[[], object]] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[str, list[Call]]:
         """Collect what the steps need while `forwards` (one call per batch) run the module.
 
-        dense  the same batches with the dense model's hidden states; needed when `compares()`
+        dense    the same batches with the dense model's hidden states; needed when `compares()`
+        weights  how much each token counts, by the full name of the linear; None when all count alike
 
         Returns the recorded calls of the submodules that a transform wants to search with.
         """
         needs = self.needs()
         searched = {group.inside for group in self.foldable_groups() if self._transforms(group)}
         recorder = CallRecorder(module, find, searched)
-        with Observer(module, find, needs) as observer:
+        own = {name: each for name in needs if (each := (weights or {}).get(self.prefix + name)) is not None}
+        with Observer(module, find, needs, own) as observer:
             for forward, again in zip(forwards, repeat(None) if dense is None else dense, strict=False):
                 with observer.forward():
                     forward()
@@ -125,6 +128,8 @@ class BlockCompressor:
         self.clusters = [*observer.clusters(), *([name] for name in self.rows if name not in needs)]
         for name, kinds in needs.items():
             self._check_seen(name, kinds)
+            if weights is not None and name not in own and any(map(weighs, kinds)):
+                self.notes[name].append("its tokens count alike: not every token goes through it")
         return recorder.calls
 
     def _check_seen(self, name: str, kinds: Sequence[StatisticType]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +16,8 @@ from penjing.statistics import Gram
 SEED = 0
 """Of the labels that are drawn."""
 
+Progress = Callable[[str, int, int, str], None]
+
 GRADIENT_WINDOWS, PROBE_LENGTH = 16, 256
 """Text that gradients are taken on, the start of the first calibration windows: some three forward passes over it."""
 
@@ -27,23 +28,25 @@ class SquaredGradients:
 
     outputs  fp64 (N,): each output's share of their sum
     tokens   fp32 (t,): their sum over outputs for every token that went through the linear, in order
+    leader   the linear called just before with the very same inputs, by its name inside the block, or this one's
     """
 
     outputs: Tensor
     tokens: Tensor
+    leader: str
 
 
 def block_inputs(
-    stream: StreamedModel, tokens: Tensor, progress: Callable[[str, int, int, str], None]
+    stream: StreamedModel, tokens: Tensor, progress: Progress, dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], Tensor]:
-    """The way forward of one pass there and back: states (S, T, D) before every block, and after the last, in fp32."""
+    """The way forward of one pass there and back: states (S, T, D) before every block, and after the last."""
     blocks = stream.layout.blocks
-    states = stream.embed(tokens, torch.float32)
+    states = stream.embed(tokens, dtype)
     inputs = []
     for index in range(blocks):
         progress("gradients", index, 2 * blocks, stream.layout.block_name(index))
         inputs.append(states.clone())
-        with stream.block(index, torch.float32) as block:
+        with stream.block(index, dtype) as block:
             stream.advance(block, index, states)
     return inputs, states
 
@@ -52,30 +55,33 @@ def squared_gradients(
     stream: StreamedModel,
     tokens: Tensor,
     linears: Mapping[int, Sequence[str]],
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = SEED,
 ) -> dict[str, SquaredGradients]:
     """Squared gradients of log p(y | context) by the outputs of linears, on token windows (S, T).
 
     linears  block -> names inside it; the result has full names
+    dtype    of the arithmetic inside the blocks
 
     Labels y are drawn from the model's predictions, so that what is expected is Fisher information. The inputs of all
     blocks are in memory at once, blocks one at a time.
     """
     blocks = stream.layout.blocks
-    inputs, states = block_inputs(stream, tokens, progress)
-    gradient = _by_last_states(stream, states)
+    inputs, states = block_inputs(stream, tokens, progress, dtype)
+    gradient = _by_last_states(stream, states, seed)
     found: dict[str, SquaredGradients] = {}
     for index in reversed(range(blocks)):
         prefix = f"{stream.layout.block_name(index)}."
         progress("gradients", 2 * blocks - 1 - index, 2 * blocks, stream.layout.block_name(index))
-        with stream.block(index, torch.float32) as block, _squares(block, linears.get(index, ())) as squares:
+        with stream.block(index, dtype) as block, _Squares(block, linears.get(index, ())) as squares:
             for batch, flowing in zip(batches(inputs.pop()), batches(gradient), strict=True):
                 leaf = batch.detach().requires_grad_()
                 output = stream.run_with(block, index, leaf, {})
                 flowing.copy_(torch.autograd.grad(output, leaf, flowing.clone())[0])
         for name in linears.get(index, ()):
-            never = torch.zeros(0, stream.layout.by_name[prefix + name].shape[0])
-            found[prefix + name] = _summed(squares.get(name, [never]))
+            found[prefix + name] = squares.of(name, stream.layout.by_name[prefix + name].shape[0])
     progress("gradients", 2 * blocks, 2 * blocks, "")
     return found
 
@@ -105,39 +111,57 @@ def weighted_grams(
     return grams
 
 
-def _summed(squares: Sequence[Tensor]) -> SquaredGradients:
-    outputs = sum((part.sum(0, dtype=torch.float64) for part in squares), torch.zeros(()))
-    tiny = torch.finfo(torch.float64).tiny
-    return SquaredGradients(outputs / outputs.sum().clamp(min=tiny), torch.cat([part.sum(1) for part in squares]))
-
-
-def _by_last_states(stream: StreamedModel, states: Tensor) -> Tensor:
+def _by_last_states(stream: StreamedModel, states: Tensor, seed: int) -> Tensor:
     """Gradient of the summed log-likelihood of drawn labels by the states (S, T, D) after the last block."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(states)
-    with stream.head(torch.float32) as logits:
+    with stream.head(states.dtype) as logits:
         for window, place in zip(states, gradient, strict=True):
             leaf = window.unsqueeze(0).detach().requires_grad_()
-            log_p = torch.log_softmax(logits(leaf), 1)
-            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            place.copy_(torch.autograd.grad(log_p.gather(1, labels).sum(), leaf)[0][0])
+            scores = logits(leaf)
+            by_scores = torch.softmax(scores.detach(), 1)  # d log p(y) / d z = one-hot(y) - p
+            labels = torch.multinomial(by_scores, 1, generator=generator)
+            by_scores.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=by_scores.dtype))
+            place.copy_(torch.autograd.grad(scores, leaf, by_scores)[0][0])
     return gradient
 
 
-@contextmanager
-def _squares(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Squares (t, N) of the gradients that reach the outputs of linears: filled while a backward pass runs."""
-    found: dict[str, list[Tensor]] = {}
+class _Squares:
+    """Squares of the gradients that reach the outputs of linears, summed while backward passes run inside."""
 
-    def add(name: str, gradient: Tensor) -> None:
-        found.setdefault(name, []).append(gradient.reshape(-1, gradient.shape[-1]).square())
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        self._linears = {name: find(block, name) for name in names}
+        self._outputs: dict[str, Tensor] = {}
+        self._tokens: dict[str, list[Tensor]] = {}
+        self._leaders: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
 
-    def watch(name: str, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
-        output.register_hook(partial(add, name))
+    def __enter__(self) -> _Squares:
+        self._hooks = [
+            linear.register_forward_hook(partial(self._watch, name)) for name, linear in self._linears.items()
+        ]
+        return self
 
-    hooks = [find(block, name).register_forward_hook(partial(watch, name)) for name in names]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
             hook.remove()
+        self._last = None
+
+    def _watch(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._last is None or self._last[1] is not args[0]:
+            self._last = name, args[0]
+        self._leaders[name] = self._last[0]
+        output.register_hook(partial(self._add, name))
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
+        outputs = squares.sum(0, dtype=torch.float64)
+        self._outputs[name] = self._outputs[name] + outputs if name in self._outputs else outputs
+        self._tokens.setdefault(name, []).append(squares.sum(1))
+
+    def of(self, name: str, rows: int) -> SquaredGradients:
+        """What reached a linear with that many outputs; nothing if no token did."""
+        outputs = self._outputs.get(name, torch.zeros(rows, dtype=torch.float64))
+        tokens = torch.cat(self._tokens.get(name, [torch.zeros(0)]))
+        tiny = torch.finfo(torch.float64).tiny
+        return SquaredGradients(outputs / outputs.sum().clamp(min=tiny), tokens, self._leaders.get(name, name))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from penjing.methods.base import Call
-from penjing.statistics import CrossGram, Statistics, StatisticType
+from penjing.statistics import CrossGram, Statistics, StatisticType, weighs
 
 CALL_TOKENS = 4096
 """How many tokens of calls of submodules are kept for methods that search by running them."""
@@ -28,7 +28,9 @@ class _EnoughSeen(Exception):
 class Observer:
     """Hooks on the linears of one block.
 
-    needs  linear name -> statistic types that some step wants
+    needs    linear name -> statistic types that some step wants
+    weights  linear name -> how much each of its tokens counts (t,), in order, in statistics that weigh tokens; a linear
+             without an entry has tokens that count alike, and linears that share inputs share weights
 
     Linears called one after the other with the same tensor share their statistics: `clusters()` lists them.
     """
@@ -38,7 +40,10 @@ class Observer:
         block: nn.Module,
         find: Callable[[nn.Module, str], nn.Module],
         needs: Mapping[str, Iterable[StatisticType]],
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._roots = {name: each.sqrt().unsqueeze(1) for name, each in (weights or {}).items()}
+        self._weighed = dict.fromkeys(self._roots, 0)
         self._needs = {name: tuple(types) for name, types in needs.items()}
         self._linears = {name: find(block, name) for name in self._needs}
         self.statistics: dict[str, Statistics] = {}
@@ -49,7 +54,7 @@ class Observer:
         self._last_linear: str | None = None
         self._forwards = 0
         self._first_seen: dict[str, int] = {}
-        self._waiting: dict[str, deque[Tensor]] = {name: deque() for name in self._needs}
+        self._waiting: dict[str, deque[tuple[Tensor, Tensor | None]]] = {name: deque() for name in self._needs}
         self._is_beside = False
 
     def __enter__(self) -> Observer:
@@ -104,23 +109,33 @@ class Observer:
             seen = self.statistics.get(leader, {})
             self.statistics[name] = {kind: seen.get(kind) or kind(tokens.shape[-1]) for kind in self._needs[name]}
         already = set(map(id, self.statistics[leader].values())) if leader != name else set()
-        for statistic in self.statistics[name].values():
-            if id(statistic) in already:
-                continue
+        fresh = {kind: each for kind, each in self.statistics[name].items() if id(each) not in already}
+        roots = self._next_roots(name, tokens) if any(map(weighs, fresh)) else None
+        weighted = tokens if roots is None else tokens * roots
+        for kind, statistic in fresh.items():
             if isinstance(statistic, CrossGram):
-                self._waiting[name].append(tokens)
+                self._waiting[name].append((weighted, roots))
             else:
-                statistic.update(tokens)
+                statistic.update(weighted if weighs(kind) else tokens)
         if leader == name:
             self._last = (name, inputs)
+
+    def _next_roots(self, name: str, tokens: Tensor) -> Tensor | None:
+        """Roots of the weights (t, 1) of the next tokens (t, K) of a linear; None where all count alike."""
+        if name not in self._roots:
+            return None
+        start = self._weighed[name]
+        self._weighed[name] = start + len(tokens)
+        return self._roots[name][start : start + len(tokens)].to(tokens.dtype)
 
     def _compare(self, name: str, dense: Tensor) -> None:
         """Finish what `_see` began; linears that share their inputs share this, too."""
         if self._waiting[name]:
-            inputs = self._waiting[name].popleft()
+            inputs, roots = self._waiting[name].popleft()
+            dense = dense.reshape(-1, dense.shape[-1])
             for statistic in self.statistics[name].values():
                 if isinstance(statistic, CrossGram):
-                    statistic.compare(inputs, dense.reshape(-1, dense.shape[-1]))
+                    statistic.compare(inputs, dense if roots is None else dense * roots)
 
     def _leader_of(self, name: str, inputs: Tensor) -> str:
         """The linear called just before with the very same tensor, or `name` itself.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from penjing.costs import BATCH_TOKENS
 from penjing.methods.base import ModelTask, Tuned
 from penjing.methods.distillation.kl import forward_kl
 from penjing.models import find
@@ -113,20 +114,27 @@ class FinishedModel:
 
     def _loss(self, loss: Callable[[int, slice, Tensor], Tensor], batch: Sequence[int], given: Given) -> float:
         """Mean in nats per token over some windows of a sum over logits; gradients go to the leaves behind `given`."""
-        total = 0.0
+        tokens = len(batch) * self._inputs.shape[1]
+        together = max(1, BATCH_TOKENS // self._inputs.shape[1])
+        parts = [batch[start : start + together] for start in range(0, len(batch), together)]
+        return sum(self._send_back(loss, part, given, tokens) for part in parts)
+
+    def _send_back(
+        self, loss: Callable[[int, slice, Tensor], Tensor], windows: Sequence[int], given: Given, tokens: int
+    ) -> float:
+        """The part of some windows in a mean over `tokens`, and of its gradients."""
         _, head = self._heads
-        for window in batch:
-            states = self._inputs[window : window + 1].detach().requires_grad_()
-            for index in range(self.layout.blocks):
-                states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
-            leaf = states.detach().requires_grad_()
-            length = states.shape[1]
-            for start in range(0, length, HEAD_TOKENS):
-                at = slice(start, min(start + HEAD_TOKENS, length))
-                value = loss(window, at, head(leaf[:, at])) / (len(batch) * length)
-                value.backward()
+        states = self._inputs[list(windows)]
+        for index in range(self.layout.blocks):
+            states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
+        last, gradient, total = states.detach(), torch.empty_like(states), 0.0
+        for row, window in enumerate(windows):
+            for at in _slices(last.shape[1]):
+                leaf = last[row : row + 1, at].requires_grad_()
+                value = loss(window, at, head(leaf)) / tokens
+                gradient[row, at] = torch.autograd.grad(value, leaf)[0][0]
                 total += value.item()
-            states.backward(leaf.grad)
+        states.backward(gradient)
         return total
 
     def _against_dense(self, window: int, at: slice, logits: Tensor) -> Tensor:
@@ -164,6 +172,11 @@ class FinishedModel:
             old = load_file(self._directory / shard)
             shards[shard] = {name: changed.get(name, tensor) for name, tensor in old.items()}
         return shards
+
+
+def _slices(length: int) -> list[slice]:
+    """Positions of a window, as many at a time as have logits in memory at once."""
+    return [slice(start, min(start + HEAD_TOKENS, length)) for start in range(0, length, HEAD_TOKENS)]
 
 
 def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:

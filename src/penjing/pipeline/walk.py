@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
-from penjing.costs import needs_original
+from penjing.costs import needs_original, weighs, weighs_tokens
 from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
@@ -31,6 +31,7 @@ from penjing.pipeline.cache import BlockCache
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
+from penjing.pipeline.token_weights import token_weights
 from penjing.pipeline.weights import LiveModule, Weights, borrowing_module, decode_module, modules_outside_blocks
 from penjing.planning import Plan, PlanRow
 from penjing.rules import describe
@@ -86,10 +87,12 @@ class Walk:
         self.directory, self.journal = directory, journal
         self.dtype, self.tokens = dtype, tokens
         self.progress = progress
+        self._trust_remote_code = trust_remote_code
         self._rows = {row.module.name: row for row in plan.rows}
         self._cache = BlockCache(checkpoint)
         self._stream = StreamedModel(checkpoint.config, plan.layout, self._source, trust_remote_code=trust_remote_code)
         self._written: dict[str, Path] = {}
+        self._token_weights: dict[str, Tensor] | None = None  # None: all tokens count alike
         self._original: Tensor | None = None  # hidden states of the dense model, when something looks at them
         self._total = plan.layout.blocks + 2
 
@@ -104,6 +107,8 @@ class Walk:
         states = self._calibration_states()
         if states is not None and needs_original(self.plan.recipe):
             self._original = states.clone()
+        if self.tokens is not None and weighs_tokens(self.plan.recipe) and self._blocks_to_do():
+            self._token_weights = self._weigh_tokens(self.tokens)
         block_errors = []
         for index in range(self.layout.blocks):
             self.progress("compress", index, self.layout.blocks, self.layout.block_name(index))
@@ -120,6 +125,22 @@ class Walk:
             probe_tokens=probe_tokens,
             probe_logits=probe_logits,
         )
+
+    def _blocks_to_do(self) -> list[int]:
+        """Those whose shards no earlier run has written."""
+        names = {index: self._path(index + 2).name for index in range(self.layout.blocks)}
+        return [index for index, name in names.items() if self.journal.finished(name) is None]
+
+    def _weigh_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
+        """For every linear in whose statistics tokens may count differently; from the dense model in any case."""
+        steps = self.plan.recipe.steps
+        chosen = [row.module.name for row in self.plan.rows if any(weighs(steps[number]) for number in row.steps)]
+        linears = self.layout.inside_blocks(chosen)
+        trust = self._trust_remote_code
+        dense = StreamedModel(
+            self.checkpoint.config, self.layout, Weights(self.checkpoint, self.layout).live, trust_remote_code=trust
+        )
+        return token_weights(dense, tokens, linears, self.dtype, self.progress)
 
     def _calibration_states(self) -> Tensor | None:
         """Hidden states of the calibration windows: in memory, or in a file that lives as long as its mapping."""
@@ -184,7 +205,7 @@ class Walk:
             dense = None
             if self._original is not None and compressor.compares():
                 dense = [partial(self._stream.advance, block, index, batch) for batch in batches(self._original)]
-            calls = compressor.observe(block, forwards if compressor.needs() else [], dense)
+            calls = compressor.observe(block, forwards if compressor.needs() else [], dense, self._token_weights)
             lesson = None
             if self._original is not None:
                 if dense is None:
