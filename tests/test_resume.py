@@ -29,6 +29,9 @@ HYBRID = (
 ASYMMETRIC = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "targets": ["*.mlp.*", "lm_head"]},)
 """The dense model's hidden states have to be where they were."""
 
+STREAM = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "stream": True},)
+"""So do they here, and the gradients of the dense model."""
+
 ROTATED = ({"method": "rotation"}, {"method": "gptq", "bits": 4, "group_size": 32})
 AWQ = ({"method": "awq", "bits": 4, "group_size": 32, "steps": 2},)
 LAYERS = 4
@@ -67,9 +70,9 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Non
         (AWQ, "original", "alike"),
         (ROTATED, "compressed", "alike"),
         (ASYMMETRIC, "compressed", "alike"),
-        (ASYMMETRIC, "compressed", "gradient"),
+        (STREAM, "compressed", "gradient"),
     ],
-    ids=["hybrid", "awq", "rotated", "asymmetric", "weighed"],
+    ids=["hybrid", "awq", "rotated", "asymmetric", "stream"],
 )
 def test_stopped_at_every_shard(steps, propagate, token_weights, tiny_model, short, tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", layers=LAYERS)

@@ -70,6 +70,8 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
             inside["a block as packed, decoded to measure inputs"] = block
         grams = 3 if any(compares(step) for step in recipe.steps) else 1
         inside["Gram matrices"] = grams * 4 * sum(width * width for width in widths)
+        if any(statistics.StreamGap in step.definition.needs(step.options) for step in recipe.steps):
+            inside["what the residual stream lost, by inputs"] = 2 * 4 * layout.embedding.shape[1] * sum(widths)
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
         inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
         if any(step.definition.learn for step in recipe.steps):

@@ -100,6 +100,33 @@ class CrossGram:
         self.value = self.value / (scale.float().unsqueeze(1) * scale.float())
 
 
+class StreamGap:
+    """What the residual stream lost before a linear adds to it: `value` is (s' - s)^T X of two halves of the tokens.
+
+    s (T, N) is the stream that the outputs of the linear, of inputs X (T, K), are added to in the compressed model, s'
+    the same in the dense one; fp32 (2, N, K), without rows where the linear writes to no stream. Fed by `compare`.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.value = torch.zeros(2, 0, columns)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in tokens that have the same stream in both models."""
+        self.tokens += inputs.shape[0]
+
+    def compare(self, inputs: Tensor, lost: Tensor) -> None:
+        """Take in inputs (T, K) in the compressed model and what the stream lost (T, N) at the same tokens."""
+        self.tokens += inputs.shape[0]
+        if not self.value.numel():
+            self.value = torch.zeros(2, lost.shape[1], inputs.shape[1])
+        for half, (seen, gone) in enumerate(zip(inputs.tensor_split(2), lost.tensor_split(2), strict=True)):
+            self.value[half] += (gone.T @ seen).float()
+
+    def rescale(self, scale: Tensor) -> None:
+        self.value = self.value / scale.float()
+
+
 class ColumnNorm:
     """Sum of squares per input: `value` fp32 (K,). Wanda's `||x_j||_2` is its square root."""
 
@@ -181,13 +208,13 @@ def unseen(kinds: Iterable[StatisticType], columns: int) -> Statistics:
 
 
 def compares(kind: StatisticType) -> bool:
-    """Whether a statistic looks at the inputs in the dense model beside those in the compressed one."""
-    return kind is CrossGram
+    """Whether a statistic looks at the dense model beside the compressed one."""
+    return kind in (CrossGram, StreamGap)
 
 
 def weighs(kind: StatisticType) -> bool:
     """Whether tokens count in a statistic as much as `calibration.token_weights` says; all alike in the others."""
-    return kind in (Gram, CrossGram)
+    return kind in (Gram, CrossGram, StreamGap)
 
 
 class TokenSample:

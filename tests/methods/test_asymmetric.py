@@ -11,7 +11,7 @@ from penjing.methods.quantization.gptq import gptq
 from penjing.numerics.asymmetric import towards_dense
 from penjing.numerics.cholesky import inverse_factor
 from penjing.numerics.grids import IntegerGrid
-from penjing.statistics import CrossGram, Gram
+from penjing.statistics import CrossGram, Gram, StreamGap
 
 ROWS, COLUMNS, TOKENS = 8, 24, 200
 
@@ -30,10 +30,11 @@ def cross_of(inputs, dense):
     return statistic.value
 
 
-def supported_part(inputs, dense, damping=0.01):
-    """4 <C1 H^-1, C2> / <C H^-1, C>, with inverses and in fp64."""
+def supported_part(weight, inputs, dense, damping=0.01):
+    """4 <W C1 H^-1, W C2> / <W C H^-1, W C>, with inverses and in fp64."""
     inputs, dense, half = inputs.double(), dense.double(), (len(inputs) + 1) // 2
-    first, second = ((dense - inputs)[part].T @ inputs[part] for part in (slice(half), slice(half, None)))
+    halves = ((dense - inputs)[part].T @ inputs[part] for part in (slice(half), slice(half, None)))
+    first, second = (weight.double() @ cross for cross in halves)
     inverse = torch.linalg.inv(naive.damped(inputs.T @ inputs, damping))
     whole = first + second
     return min(max(float(4 * (first @ inverse * second).sum() / (whole @ inverse * whole).sum()), 0), 1)
@@ -70,7 +71,7 @@ def test_equals_least_squares_after_every_column(order, symmetric):
     weight, grid = naive.random_weight(ROWS, COLUMNS), IntegerGrid(3, 8, symmetric, "narrow", torch.float32)
     gram, cross = inputs.T @ inputs, cross_of(inputs, dense)
     visited = range(COLUMNS) if order == "natural" else gram.diagonal().argsort(descending=True).tolist()
-    aim = inputs + supported_part(inputs, dense) * (dense - inputs)
+    aim = inputs + supported_part(weight, inputs, dense) * (dense - inputs)
     expected = refitted(weight, inputs, aim, 0.01, grid, visited)
     result = gptq(weight, gram, grid, order=order, cross=cross).dense()
     assert ((result.double() - expected).abs() > 1e-4).double().mean() < 0.02
@@ -95,6 +96,35 @@ def test_comes_closer_to_the_dense_models_outputs(seed, order):
     plain = gptq(weight, gram, grid, order=order).dense()
     aimed = gptq(weight, gram, grid, order=order, cross=cross_of(inputs, dense)).dense()
     assert loss(weight, aimed, inputs, dense) < 0.8 * loss(weight, plain, inputs, dense)
+
+
+def gap_of(inputs, lost):
+    statistic = StreamGap(inputs.shape[1])
+    statistic.compare(inputs, lost)
+    return statistic.value
+
+
+@pytest.mark.parametrize("order", ["natural", "activation", "group-activation"])
+def test_makes_up_for_what_the_stream_lost(order):
+    """||s + Q X - (s' + W X')||^2 is smaller than without the gap, and the aim is that of least squares."""
+    inputs, dense = streams()
+    weight, grid, gram = naive.random_weight(ROWS, COLUMNS), IntegerGrid(4, 8), inputs.T @ inputs
+    lost = inputs @ torch.randn(COLUMNS, ROWS, generator=torch.Generator().manual_seed(9)) / 3
+    cross, gap = cross_of(inputs, dense), gap_of(inputs, lost)
+
+    def left(result):
+        return float((inputs @ result.T - dense @ weight.T - lost).square().sum())
+
+    without = gptq(weight, gram, grid, order=order, cross=cross).dense()
+    with_gap = gptq(weight, gram, grid, order=order, cross=cross, gap=gap).dense()
+    assert left(with_gap) < 0.5 * left(without)
+    factor, _ = inverse_factor(gram, 1e-9)
+    target = towards_dense(weight, cross, factor, torch.arange(COLUMNS), gap)
+    wanted = torch.linalg.lstsq(inputs.double(), (dense @ weight.T + lost).double()).solution.T
+    step, full = target - weight, wanted.float() - weight
+    part = float((step * full).sum() / full.square().sum())
+    assert 0.8 < part <= 1
+    torch.testing.assert_close(step, part * full, rtol=1e-2, atol=1e-2)
 
 
 AUTHORS = [
@@ -148,6 +178,23 @@ def test_the_option_asks_for_what_it_needs(search):
     aimed = method.linear(LinearInput(weight, statistics), options).dense()
     plain = method.linear(LinearInput(weight, statistics), options.model_copy(update={"asymmetric": False})).dense()
     assert loss(weight, aimed, inputs, dense) < 0.8 * loss(weight, plain, inputs, dense)
+
+
+def test_a_step_aims_at_the_stream_where_it_is_known_and_asked_for():
+    method, (inputs, dense) = METHODS["gptq"], streams()
+    options = method.options(group_size=8, asymmetric=True, stream=True)
+    assert method.needs(options) == (Gram, CrossGram, StreamGap)
+    statistics = {kind: kind(COLUMNS) for kind in method.needs(options)}
+    statistics[Gram].update(inputs)
+    statistics[CrossGram].compare(inputs, dense)
+    weight = naive.random_weight(ROWS, COLUMNS)
+    unknown = method.linear(LinearInput(weight, statistics), options)
+    plain = method.linear(LinearInput(weight, statistics), method.options(group_size=8, asymmetric=True))
+    assert torch.equal(unknown.codes, plain.codes)
+    statistics[StreamGap].compare(inputs, inputs[:, :ROWS])
+    assert not torch.equal(method.linear(LinearInput(weight, statistics), options).codes, plain.codes)
+    with pytest.raises(ValueError, match="goes with `asymmetric: true`"):
+        method.options(stream=True)
 
 
 def test_rescaling_the_inputs_rescales_the_statistic():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from penjing.pipeline.observe import CALL_TOKENS, CallRecorder, Observer
-from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram
+from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram, StreamGap
 
 
 def find(module: nn.Module, name: str) -> nn.Module:
@@ -169,3 +169,45 @@ def test_tokens_count_by_their_weights_where_a_statistic_weighs_them():
     torch.testing.assert_close(k[AbsMax].value.double(), tokens.abs().amax(0))
     seen = (module.q(torch.cat(windows)) * module.k(torch.cat(windows))).flatten(0, 1)
     torch.testing.assert_close(o[Gram].value, (seen.T @ seen).detach(), rtol=1e-4, atol=1e-4)
+
+
+class Block(nn.Module):
+    """Two norms and two linears that write to the stream, one after the other or side by side."""
+
+    def __init__(self, parallel: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.o, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.parallel = parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.parallel:
+            return x + self.o(self.first(x)) + self.down(self.second(x))
+        x = x + self.o(self.first(x))
+        return x + self.down(self.second(x))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_the_stream_lost_before_each_linear_that_adds_to_it(parallel):
+    """Side by side, the first of them is given all of it."""
+    block, windows = Block(parallel), [torch.randn(2, 5, 6) for _ in range(3)]
+    dense = [window + 0.3 * torch.randn_like(window) for window in windows]
+    needs, norms = {"o": [Gram, StreamGap], "down": [Gram, StreamGap]}, ["first", "second"]
+    with torch.no_grad(), Observer(block, find, needs, norms=norms) as observer:
+        for window, original in zip(windows, dense, strict=True):
+            with observer.forward():
+                block(window)
+            with observer.beside():
+                block(original)
+        x, meant = (torch.cat(parts).flatten(0, 1) for parts in (windows, dense))
+        inputs = block.first(x)
+        expected = (meant - x).T @ inputs
+        torch.testing.assert_close(observer.statistics["o"][StreamGap].value.sum(0), expected, rtol=1e-4, atol=1e-4)
+        found = observer.statistics["down"][StreamGap].value
+        if parallel:
+            assert not found.numel()
+            return
+        middle, middle_meant = x + block.o(inputs), meant + block.o(block.first(meant))
+        expected = (middle_meant - middle).T @ block.second(middle)
+        torch.testing.assert_close(found.sum(0), expected, rtol=1e-4, atol=1e-4)
+        assert observer.statistics["o"][StreamGap].tokens == 30

@@ -15,7 +15,7 @@ from penjing.errors import CalibrationError, FormatError, VerificationError
 from penjing.formats.base import input_tensors
 from penjing.methods.base import BlockInput, BlockTask, Call, LinearFunction, LinearInput, Options, TransformFunction
 from penjing.models import find
-from penjing.models.layout import InputGroup, ModuleSpec
+from penjing.models.layout import InputGroup, ModuleSpec, Residual
 from penjing.numerics.activations import InputScale
 from penjing.numerics.finite import all_finite
 from penjing.numerics.observers import static_scale
@@ -28,7 +28,7 @@ from penjing.pipeline.ranges import input_histograms
 from penjing.planning import Plan, PlanRow
 from penjing.recipe import Step
 from penjing.representations import Dense, LowRank, Masked, Representation
-from penjing.statistics import Statistics, StatisticType, compares, unseen, weighs
+from penjing.statistics import Statistics, StatisticType, StreamGap, compares, unseen, weighs
 
 
 @dataclass
@@ -69,12 +69,13 @@ class BlockCompressor:
         rows: Sequence[PlanRow],
         prefix: str,
         groups: Sequence[InputGroup],
+        residual: Residual | None = None,
     ) -> None:
         self.plan = plan
         self.prefix = prefix
         self.rows = {row.module.name.removeprefix(prefix): row for row in rows}
         self.tensors = BlockTensors(load, [row.module for row in rows], prefix)
-        self._groups = groups
+        self._groups, self._residual = groups, residual or Residual({}, ())
         self.statistics: dict[str, Statistics] = {}
         self.clusters: list[list[str]] = [[name] for name in self.rows]
         self.notes: dict[str, list[str]] = {name: [] for name in self.rows}
@@ -90,6 +91,8 @@ class BlockCompressor:
         wanted = {}
         for name in self.rows:
             kinds = dict.fromkeys(kind for step in self.steps_of(name) for kind in step.definition.needs(step.options))
+            if name not in self._residual.writers:
+                kinds.pop(StreamGap, None)
             if kinds:
                 wanted[name] = list(kinds)
         return wanted
@@ -116,7 +119,7 @@ class BlockCompressor:
         searched = {group.inside for group in self.foldable_groups() if self._transforms(group)}
         recorder = CallRecorder(module, find, searched)
         own = {name: each for name in needs if (each := (weights or {}).get(self.prefix + name)) is not None}
-        with Observer(module, find, needs, own) as observer:
+        with Observer(module, find, needs, own, self._residual.readers) as observer:
             for forward, again in zip(forwards, repeat(None) if dense is None else dense, strict=False):
                 with observer.forward():
                     forward()

@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from penjing.methods.base import Call
-from penjing.statistics import CrossGram, Statistics, StatisticType, weighs
+from penjing.statistics import CrossGram, Statistics, StatisticType, StreamGap, compares, weighs
 
 CALL_TOKENS = 4096
 """How many tokens of calls of submodules are kept for methods that search by running them."""
@@ -25,12 +25,26 @@ class _EnoughSeen(Exception):
     """Every statistic of this forward pass is taken; the rest of the block need not run."""
 
 
+class _Waiting(NamedTuple):
+    """Inputs (t, K) in the compressed model, weighed, until those of the dense one come; the stream (t, D) if known."""
+
+    inputs: Tensor
+    roots: Tensor | None
+    stream: Tensor | None
+
+    def weighed(self, tokens: Tensor) -> Tensor:
+        """Tokens (t, ...) as the inputs are."""
+        return tokens if self.roots is None else tokens * self.roots
+
+
 class Observer:
     """Hooks on the linears of one block.
 
     needs    linear name -> statistic types that some step wants
     weights  linear name -> how much each of its tokens counts (t,), in order, in statistics that weigh tokens; a linear
              without an entry has tokens that count alike, and linears that share inputs share weights
+    norms    modules that are given the residual stream: what the last of them saw before a linear is what the linear's
+             outputs are added to, the first time that it is
 
     Linears called one after the other with the same tensor share their statistics: `clusters()` lists them.
     """
@@ -41,7 +55,11 @@ class Observer:
         find: Callable[[nn.Module, str], nn.Module],
         needs: Mapping[str, Iterable[StatisticType]],
         weights: Mapping[str, Tensor] | None = None,
+        norms: Iterable[str] = (),
     ) -> None:
+        self._norms = [find(block, name) for name in norms]
+        self._stream: Tensor | None = None
+        self._added_to: Tensor | None = None
         self._roots = {name: each.sqrt().unsqueeze(1) for name, each in (weights or {}).items()}
         self._weighed = dict.fromkeys(self._roots, 0)
         self._needs = {name: tuple(types) for name, types in needs.items()}
@@ -54,12 +72,14 @@ class Observer:
         self._last_linear: str | None = None
         self._forwards = 0
         self._first_seen: dict[str, int] = {}
-        self._waiting: dict[str, deque[tuple[Tensor, Tensor | None]]] = {name: deque() for name in self._needs}
+        self._waiting: dict[str, deque[_Waiting]] = {name: deque() for name in self._needs}
         self._is_beside = False
 
     def __enter__(self) -> Observer:
         for name, linear in self._linears.items():
             self._hooks.append(linear.register_forward_pre_hook(self._hook(name)))
+        for norm in self._norms:
+            self._hooks.append(norm.register_forward_pre_hook(self._see_stream))
         return self
 
     def __exit__(
@@ -67,7 +87,7 @@ class Observer:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._last = None
+        self._last = self._stream = self._added_to = None
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -101,6 +121,18 @@ class Observer:
 
         return see
 
+    def _see_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0] is not self._added_to:
+            self._stream = args[0]
+
+    def _take_stream(self) -> Tensor | None:
+        """The stream (t, D) that the linear called now adds to; None if it is not known, or another makes up for it."""
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return None
+        self._added_to = stream
+        return stream.reshape(-1, stream.shape[-1])
+
     def _see(self, name: str, inputs: Tensor) -> None:
         self._called.append(name)
         leader = self._leader_of(name, inputs)
@@ -113,10 +145,11 @@ class Observer:
         roots = self._next_roots(name, tokens) if any(map(weighs, fresh)) else None
         weighted = tokens if roots is None else tokens * roots
         for kind, statistic in fresh.items():
-            if isinstance(statistic, CrossGram):
-                self._waiting[name].append((weighted, roots))
-            else:
+            if not compares(kind):
                 statistic.update(weighted if weighs(kind) else tokens)
+        if any(map(compares, fresh)):
+            stream = self._take_stream() if StreamGap in fresh else None
+            self._waiting[name].append(_Waiting(weighted, roots, stream))
         if leader == name:
             self._last = (name, inputs)
 
@@ -130,12 +163,16 @@ class Observer:
 
     def _compare(self, name: str, dense: Tensor) -> None:
         """Finish what `_see` began; linears that share their inputs share this, too."""
-        if self._waiting[name]:
-            inputs, roots = self._waiting[name].popleft()
-            dense = dense.reshape(-1, dense.shape[-1])
-            for statistic in self.statistics[name].values():
-                if isinstance(statistic, CrossGram):
-                    statistic.compare(inputs, dense if roots is None else dense * roots)
+        if not self._waiting[name]:
+            return
+        waiting, dense = self._waiting[name].popleft(), dense.reshape(-1, dense.shape[-1])
+        for statistic in self.statistics[name].values():
+            if isinstance(statistic, CrossGram):
+                statistic.compare(waiting.inputs, waiting.weighed(dense))
+            if isinstance(statistic, StreamGap):
+                meant = self._take_stream()
+                if waiting.stream is not None and meant is not None:
+                    statistic.compare(waiting.inputs, waiting.weighed(meant - waiting.stream))
 
     def _leader_of(self, name: str, inputs: Tensor) -> str:
         """The linear called just before with the very same tensor, or `name` itself.

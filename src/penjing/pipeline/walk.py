@@ -24,7 +24,7 @@ from penjing.costs import needs_original, weighs, weighs_tokens
 from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
-from penjing.models.layout import InputGroup, Layout, ModuleSpec
+from penjing.models.layout import InputGroup, Layout, ModuleSpec, Residual
 from penjing.numerics.finite import all_finite
 from penjing.pipeline.block import BlockCompressor, Lesson, ModuleResult
 from penjing.pipeline.cache import BlockCache
@@ -195,7 +195,8 @@ class Walk:
         return index + 1 < self.layout.blocks or bool(head.needs() or head.measured())
 
     def _compress_block(self, index: int, states: Tensor | None, modules: Sequence[ModuleSpec]) -> list[ModuleResult]:
-        compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index])
+        residual = self.layout.residual[index] if self.layout.residual else None
+        compressor = self._compressor(modules, f"{self.layout.block_name(index)}.", self.layout.groups[index], residual)
         if states is None or not (
             compressor.needs() or compressor.learns() or compressor.measured() or self._original is not None
         ):
@@ -234,9 +235,15 @@ class Walk:
                 compressor.measure(self._stream.model, forwards)
         return compressor.finish(self._stream.model, calls)
 
-    def _compressor(self, modules: Sequence[ModuleSpec], prefix: str, groups: Sequence[InputGroup]) -> BlockCompressor:
+    def _compressor(
+        self,
+        modules: Sequence[ModuleSpec],
+        prefix: str,
+        groups: Sequence[InputGroup],
+        residual: Residual | None = None,
+    ) -> BlockCompressor:
         rows = [self._rows[module.name] for module in modules]
-        return BlockCompressor(self.plan, self._cache.load, rows, prefix, groups)
+        return BlockCompressor(self.plan, self._cache.load, rows, prefix, groups, residual)
 
     def _path(self, number: int) -> Path:
         return self.directory / f"model-{number:05d}-of-{self._total:05d}.safetensors"

@@ -20,7 +20,8 @@ with the inputs X that compressed blocks left. That is another weight to start f
 
     ||Q X - W X'||^2 = ||(Q - W*) X||^2 + constant        W* = W + W C H^-1        C = (X' - X) X^T
 
-Of that step, the part is taken that the calibration tokens support (see `penjing.numerics.asymmetric`).
+Of that step, the part is taken that the calibration tokens support (see `penjing.numerics.asymmetric`). With `stream`
+as well, linears that write to the residual stream also make up for what that lost in the blocks before.
 
 The defaults, most active inputs first and groups fitted beforehand, keep groups contiguous, so that no group index is
 stored, and had the lowest loss on held-out tokens of SmolLM2-135M among the five combinations tried. `group-activation`
@@ -53,7 +54,7 @@ from penjing.numerics.float_grids import ScaledGrid
 from penjing.numerics.scale_search import ScaleSearch, fit_group, metric_of_sweep, part_of
 from penjing.numerics.sweep import block_bounds, sweep
 from penjing.representations import Masked, Quantized, Scheme
-from penjing.statistics import CrossGram, Gram
+from penjing.statistics import CrossGram, Gram, StatisticType, StreamGap
 
 Order = Literal["natural", "activation", "group-activation"]
 
@@ -77,9 +78,15 @@ class GPTQOptions(SearchedGridOptions):
     asymmetric: bool = Field(
         False, description="keep the outputs of the dense model, whose inputs differ from those compressed blocks leave"
     )
+    stream: bool = Field(
+        False,
+        description="with `asymmetric`: linears that write to the residual stream make up for what it lost before them",
+    )
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
+        if self.stream and not self.asymmetric:
+            raise ValueError("`stream: true` goes with `asymmetric: true`")
         if not self.static_groups and isinstance(self.group_size, int) and not self.fits_group_by_group:
             raise ValueError(
                 "scales of type nvfp4 and of K-quants, and double-quantised ones, are coded together; they need "
@@ -105,11 +112,12 @@ def gptq(
     kept: Tensor | None = None,
     scale_search: ScaleSearch = "none",
     cross: Tensor | None = None,
+    gap: Tensor | None = None,
 ) -> Quantized | Masked:
     """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
 
-    With `cross` (2, K, K), the value of `CrossGram`, the outputs of the dense model are aimed at. For `scale_search`
-    see `metric_of_sweep`.
+    With `cross` (2, K, K), the value of `CrossGram`, the outputs of the dense model are aimed at, and with `gap`
+    (2, N, K), that of `StreamGap`, its residual stream. For `scale_search` see `metric_of_sweep`.
 
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
     that were never active count as zero weights. With order `activation` and groups fitted during the sweep, the result
@@ -120,7 +128,7 @@ def gptq(
     visited = visiting_order(gram.diagonal(), width, order)
     factor, damping = inverse_factor(gram[visited][:, visited], damping)
     if cross is not None and damping <= STRONGEST_DAMPING:
-        weight = towards_dense(weight, cross, factor, visited)
+        weight = towards_dense(weight, cross, factor, visited, gap)
     weight = weight.float().masked_fill(dead_columns(gram), 0)
     metric = metric_of_sweep(gram, factor, visited, scale_search)
     fit_in_sweep = not static_groups and isinstance(grid.group_size, int)
@@ -178,6 +186,7 @@ def _segment_ends(group_of: Tensor) -> dict[int, int]:
 
 def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
     """Quantise one linear, or the stacked rows of several that share their inputs."""
+    gap = given.statistics[StreamGap].value if StreamGap in given.statistics else None
     return gptq(
         given.weight,
         given.statistics[Gram].value,
@@ -189,4 +198,10 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         kept=given.kept,
         scale_search=options.scale_search,
         cross=given.statistics[CrossGram].value if options.asymmetric else None,
+        gap=gap if options.stream and gap is not None and gap.numel() else None,
     )
+
+
+def needs(options: GPTQOptions) -> tuple[StatisticType, ...]:
+    """What a step looks at."""
+    return Gram, *([CrossGram] if options.asymmetric else []), *([StreamGap] if options.stream else [])

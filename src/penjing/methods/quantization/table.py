@@ -21,7 +21,7 @@ from penjing.methods.quantization import (
 )
 from penjing.methods.training import Trained
 from penjing.methods.typed_grid import SearchedGridOptions
-from penjing.statistics import AbsMax, ColumnNorm, CrossGram, Gram, MeanAbs, TokenSample
+from penjing.statistics import AbsMax, ColumnNorm, Gram, MeanAbs, TokenSample
 
 TABLE: tuple[Method, ...] = (
     Method(
@@ -39,7 +39,7 @@ TABLE: tuple[Method, ...] = (
         paper="arXiv:2210.17323",
         options=gptq.GPTQOptions,
         linear=gptq.linear,
-        needs=lambda options: (Gram, CrossGram) if options.asymmetric else (Gram,),
+        needs=gptq.needs,
         row_wise=lambda options: options.row_wise,
     ),
     Method(
