@@ -70,6 +70,15 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), used
 
 
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """The matrix (K, K) of whose inverse `inverse_factor` with the same `damping` gives the factor."""
+    live = gram.diagonal() != 0
+    mean = gram.diagonal()[live].mean() if live.any() else torch.ones(())
+    result = gram.clone()
+    result.diagonal().add_(mean * (damping + (~live).float()))
+    return result
+
+
 def _reversed_inverse(backwards: Tensor) -> Tensor | None:
     """J L^-1 J for `backwards` = L L^T; None when it is not positive definite in this precision."""
     lower, failed = torch.linalg.cholesky_ex(backwards)

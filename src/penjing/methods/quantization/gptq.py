@@ -31,6 +31,9 @@ Differences from the authors' code, on purpose: a scale fitted during the sweep 
 sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
 before codes are computed.
 
+With `descent`, every weight is looked at again once all are fixed, and every scale, in rounds (see
+`penjing.numerics.descent`).
+
 Sources: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1. Li et al. 2025, "GPTAQ"
 (arXiv:2504.02692), asymmetric calibration.
 """
@@ -49,9 +52,11 @@ from penjing.methods.base import LinearInput
 from penjing.methods.results import fitted, quantized, with_mask
 from penjing.methods.typed_grid import SearchedGridOptions
 from penjing.numerics.asymmetric import towards_dense
-from penjing.numerics.cholesky import STRONGEST_DAMPING, dead_columns, inverse_factor
+from penjing.numerics.cholesky import STRONGEST_DAMPING, damped, dead_columns, inverse_factor
+from penjing.numerics.descent import best_scales, descend
 from penjing.numerics.float_grids import ScaledGrid
-from penjing.numerics.scale_search import ScaleSearch, fit_group, metric_of_sweep, part_of
+from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.scale_search import ScaleSearch, fit_group, free_scales, metric_of_sweep, part_of
 from penjing.numerics.sweep import block_bounds, sweep
 from penjing.representations import Masked, Quantized, Scheme
 from penjing.statistics import CrossGram, Gram, StatisticType, StreamGap
@@ -83,8 +88,14 @@ class GPTQOptions(SearchedGridOptions):
         description="with `asymmetric`: linears that write to the residual stream make up for what it lost before them",
     )
 
+    descent: int = Field(
+        0, ge=0, description="rounds of coordinate descent after the sweep, scales refitted by least squares after each"
+    )
+
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
+        if self.descent and not self.static_groups:
+            raise ValueError("`descent` needs `static_groups: true`: late groups are fitted as the sweep reaches them")
         if self.stream and not self.asymmetric:
             raise ValueError("`stream: true` goes with `asymmetric: true`")
         if not self.static_groups and isinstance(self.group_size, int) and not self.fits_group_by_group:
@@ -113,11 +124,13 @@ def gptq(
     scale_search: ScaleSearch = "none",
     cross: Tensor | None = None,
     gap: Tensor | None = None,
+    descent: int = 0,
 ) -> Quantized | Masked:
     """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
 
     With `cross` (2, K, K), the value of `CrossGram`, the outputs of the dense model are aimed at, and with `gap`
-    (2, N, K), that of `StreamGap`, its residual stream. For `scale_search` see `metric_of_sweep`.
+    (2, N, K), that of `StreamGap`, its residual stream. For `scale_search` see `metric_of_sweep`. `descent` rounds need
+    `static_groups`.
 
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
     that were never active count as zero weights. With order `activation` and groups fitted during the sweep, the result
@@ -157,6 +170,19 @@ def gptq(
         return values if mask is None else values * mask[position]
 
     sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
+    if descent and damping <= STRONGEST_DAMPING:
+        hessian, wanted = damped(gram, damping), weight[:, visited].T.contiguous()
+        in_order = hessian[visited][:, visited]
+        refits = isinstance(grid, IntegerGrid) and not grid.offset and fit.scale_codes is None and free_scales(grid)
+        for number in range(descent + 1):
+            if number:
+                descend(current, wanted, in_order, block_bounds(columns, block_size), round_column)
+            if refits:
+                basis = codes.T - grid.spread(zero.T, columns)
+                basis = basis if kept is None else basis * kept
+                best = best_scales(basis, weight, hessian, scale.T, width).to(grid.scale_dtype).float()
+                scale.copy_(best.T)
+                current.copy_((basis * grid.spread(best, columns))[:, visited].T)
     index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
     return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes, fit.zero_codes), kept)
@@ -199,6 +225,7 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         scale_search=options.scale_search,
         cross=given.statistics[CrossGram].value if options.asymmetric else None,
         gap=gap if options.stream and gap is not None and gap.numel() else None,
+        descent=options.descent,
     )
 
 
