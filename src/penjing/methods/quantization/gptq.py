@@ -49,7 +49,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from penjing.methods.base import LinearInput
-from penjing.methods.results import fitted, quantized, with_mask
+from penjing.methods.results import Fit, fitted, quantized, with_mask
 from penjing.methods.typed_grid import SearchedGridOptions
 from penjing.numerics.asymmetric import towards_dense
 from penjing.numerics.cholesky import STRONGEST_DAMPING, damped, dead_columns, inverse_factor
@@ -136,7 +136,7 @@ def gptq(
     that were never active count as zero weights. With order `activation` and groups fitted during the sweep, the result
     has a `group_index`. Warns with `DampingWarning` when the Gram matrix needs more damping than asked for.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     width = grid.columns_per_group(columns)
     visited = visiting_order(gram.diagonal(), width, order)
     factor, damping = inverse_factor(gram[visited][:, visited], damping)
@@ -144,48 +144,86 @@ def gptq(
         weight = towards_dense(weight, cross, factor, visited, gap)
     weight = weight.float().masked_fill(dead_columns(gram), 0)
     metric = metric_of_sweep(gram, factor, visited, scale_search)
-    fit_in_sweep = not static_groups and isinstance(grid.group_size, int)
-    scattered = fit_in_sweep and order == "activation"
+    late = not static_groups and isinstance(grid.group_size, int)
+    scattered = late and order == "activation"
     group_of = (torch.arange(columns) if scattered else visited) // width
-    ends = _segment_ends(group_of) if fit_in_sweep else {}
-
-    current = weight[:, visited].T.contiguous()
-    mask = None if kept is None else kept[:, visited].T.contiguous()
-    fit = fitted(weight if kept is None else weight * kept, grid, None if fit_in_sweep else metric)
-    scale, zero = fit.scale.T.contiguous(), fit.zero.T.contiguous()
-    codes = torch.empty(columns, rows, dtype=grid.code_dtype)
-    groups, places = group_of.tolist(), visited.tolist()
-
-    def round_column(position: int, column: Tensor) -> Tensor:
-        group = groups[position]
-        if position in ends:
-            members = slice(position, ends[position])
-            visible = current[members] if mask is None else current[members] * mask[members]
-            scale[group], zero[group] = fit_group(visible.T, grid, part_of(metric, visited[members]))
-        if mask is not None:
-            column = column * mask[position]
-        code = grid.encode(column, scale[group], zero[group])
-        codes[places[position]] = code
-        values = grid.decode(code, scale[group], zero[group])
-        return values if mask is None else values * mask[position]
-
-    sweep(current, factor, block_bounds(columns, block_size, ends), round_column)
+    fit = fitted(weight if kept is None else weight * kept, grid, None if late else metric)
+    work = _Columns(weight, grid, fit, visited, group_of, kept)
+    if late:
+        work.fit_late(metric)
+    sweep(work.current, factor, block_bounds(columns, block_size, work.ends), work.round)
     if descent and damping <= STRONGEST_DAMPING:
-        hessian, wanted = damped(gram, damping), weight[:, visited].T.contiguous()
-        in_order = hessian[visited][:, visited]
-        refits = isinstance(grid, IntegerGrid) and not grid.offset and fit.scale_codes is None and free_scales(grid)
-        for number in range(descent + 1):
-            if number:
-                descend(current, wanted, in_order, block_bounds(columns, block_size), round_column)
-            if refits:
-                basis = codes.T - grid.spread(zero.T, columns)
-                basis = basis if kept is None else basis * kept
-                best = best_scales(basis, weight, hessian, scale.T, width).to(grid.scale_dtype).float()
-                scale.copy_(best.T)
-                current.copy_((basis * grid.spread(best, columns))[:, visited].T)
-    index = torch.empty(columns, dtype=torch.int32).index_copy_(0, visited, group_of.int()) if scattered else None
-    scale, zero = scale.T.contiguous(), zero.T.contiguous()
-    return with_mask(quantized(codes.T.contiguous(), scale, zero, grid, index, fit.scale_codes, fit.zero_codes), kept)
+        work.descend(weight, damped(gram, damping), block_bounds(columns, block_size), descent)
+    return work.result(scattered)
+
+
+class _Columns:
+    """The matrix that is swept: its columns are rows (K, N), in the order in which they are visited.
+
+    current  weights not yet rounded, values of those that are
+    ends     first position -> one past the last, of every group whose scale is fitted when the sweep reaches it
+    """
+
+    def __init__(
+        self, weight: Tensor, grid: ScaledGrid, fit: Fit, visited: Tensor, group_of: Tensor, kept: Tensor | None
+    ) -> None:
+        self.current = weight[:, visited].T.contiguous()
+        self.ends: dict[int, int] = {}
+        self._grid, self._fit, self._kept, self._visited, self._group_of = grid, fit, kept, visited, group_of
+        self._mask = None if kept is None else kept[:, visited].T.contiguous()
+        self._scale, self._zero = fit.scale.T.contiguous(), fit.zero.T.contiguous()
+        self._codes = torch.empty(self.current.shape, dtype=grid.code_dtype)  # in the order of the matrix
+        self._groups, self._places = group_of.tolist(), visited.tolist()
+        self._metric: Tensor | None = None
+
+    def fit_late(self, metric: Tensor | None) -> None:
+        """Fit every group anew when the sweep reaches it."""
+        self.ends, self._metric = _segment_ends(self._group_of), metric
+
+    def round(self, position: int, column: Tensor) -> Tensor:
+        """The grid point next to each weight of a column (N,); codes are noted."""
+        group = self._groups[position]
+        if position in self.ends:
+            members = slice(position, self.ends[position])
+            visible = self.current[members] if self._mask is None else self.current[members] * self._mask[members]
+            metric = part_of(self._metric, self._visited[members])
+            self._scale[group], self._zero[group] = fit_group(visible.T, self._grid, metric)
+        if self._mask is not None:
+            column = column * self._mask[position]
+        code = self._grid.encode(column, self._scale[group], self._zero[group])
+        self._codes[self._places[position]] = code
+        values = self._grid.decode(code, self._scale[group], self._zero[group])
+        return values if self._mask is None else values * self._mask[position]
+
+    def descend(self, weight: Tensor, hessian: Tensor, bounds: list[int], rounds: int) -> None:
+        """Improve what a sweep left: scales, and in every round codes and scales; `hessian` (K, K) is damped."""
+        wanted, in_order = weight[:, self._visited].T.contiguous(), hessian[self._visited][:, self._visited]
+        self._fit_scales(weight, hessian)
+        for _ in range(rounds):
+            descend(self.current, wanted, in_order, bounds, self.round)
+            self._fit_scales(weight, hessian)
+
+    def _fit_scales(self, weight: Tensor, hessian: Tensor) -> None:
+        """By least squares, where every scale is a number of its own."""
+        grid, columns = self._grid, weight.shape[1]
+        if not isinstance(grid, IntegerGrid) or grid.offset or self._fit.scale_codes or not free_scales(grid):
+            return
+        basis = self._codes.T - grid.spread(self._zero.T, columns)
+        basis = basis if self._kept is None else basis * self._kept
+        width = grid.columns_per_group(columns)
+        scale = best_scales(basis, weight, hessian, self._scale.T, width).to(grid.scale_dtype).float()
+        self._scale.copy_(scale.T)
+        self.current.copy_((basis * grid.spread(scale, columns))[:, self._visited].T)
+
+    def result(self, scattered: bool) -> Quantized | Masked:
+        """What was rounded; `scattered` groups need an index."""
+        index = None
+        if scattered:
+            index = torch.empty(len(self._visited), dtype=torch.int32)
+            index.index_copy_(0, self._visited, self._group_of.int())
+        codes, scale, zero = (each.T.contiguous() for each in (self._codes, self._scale, self._zero))
+        done = quantized(codes, scale, zero, self._grid, index, self._fit.scale_codes, self._fit.zero_codes)
+        return with_mask(done, self._kept)
 
 
 def visiting_order(activity: Tensor, width: int, order: Order) -> Tensor:
