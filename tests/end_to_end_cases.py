@@ -21,6 +21,7 @@ class Case:
     family: str = "llama"
     model: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -75,6 +76,11 @@ QUANTISED: dict[str, tuple[Step, ...]] = {
     "gptq by group": (four("gptq", order="group-activation", static_groups=False),),
     "gptq tensor": (four("gptq", group_size="tensor"),),
     "gptq asymmetric calibration": (four("gptq", asymmetric=True, targets=["linear", "lm_head"]),),
+    "gptq stream, descent": (four("gptq", asymmetric=True, stream=True, descent=2),),
+    "wanda, gptq stream, descent": (
+        step("wanda", pattern="2:4"),
+        four("gptq", asymmetric=True, stream=True, descent=1, symmetric=False),
+    ),
     "gptq searched": (four("gptq", bits=3, scale_search="gram", order="group-activation", static_groups=False),),
     "rtn searched": (four("rtn", bits=3, scale_search="diagonal", symmetric=False),),
     "smoothquant, gptq asymmetric calibration": (
@@ -308,6 +314,7 @@ _IN_FAMILY = {
 _BY_BLOCK: tuple[tuple[Step, ...], ...] = (
     (four("hqq", weighted=True),),
     (four("owq", columns=2),),
+    (four("gptq", asymmetric=True, stream=True, descent=1),),
     (step("spqr", order="group-activation"),),
     (four("zeroquant", iterations=2, batch_size=2),),
     (step("bcq", group_size=32),),
@@ -326,9 +333,10 @@ def _by_block(family: str, experts: bool) -> Case:
         {"targets": [f"*{blocks}.{number}.*"], "ignore": ["*.gate"] if experts else []} | one
         for number, steps in enumerate(_BY_BLOCK)
         for one in steps
-        if not (experts and one["method"] == "llm-int8")  # stacked experts have no place to round inputs
+        # stacked experts have no place to round inputs, and see other tokens than those of the dense model
+        if not (experts and (one["method"] == "llm-int8" or one.get("asymmetric")))
     )
-    return Case(steps, "native", family, {"layers": len(_BY_BLOCK)})
+    return Case(steps, "native", family, {"layers": len(_BY_BLOCK)}, calibration={"token_weights": "gradient"})
 
 
 def _families() -> dict[str, Case]:

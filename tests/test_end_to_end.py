@@ -67,7 +67,8 @@ class Runs:
 
     def _write(self, name: str, case: Case) -> Run | Exception:
         model = self._tiny_model(case.family, **({"layers": 4} if "shortgpt" in name else {}) | case.model)
-        wanted = recipe(self._texts, *case.steps, format=case.format, **case.keys)
+        chosen = self._texts | {"calibration": self._texts["calibration"] | case.calibration}
+        wanted = recipe(chosen, *case.steps, format=case.format, **case.keys)
         directory = self._folder / str(len(self._done))
         try:
             return Run(case, model, directory, compress(model, wanted, directory))

@@ -119,7 +119,8 @@ class BlockCompressor:
         searched = {group.inside for group in self.foldable_groups() if self._transforms(group)}
         recorder = CallRecorder(module, find, searched)
         own = {name: each for name in needs if (each := (weights or {}).get(self.prefix + name)) is not None}
-        with Observer(module, find, needs, own, self._residual.readers) as observer:
+        norms = self._residual.readers if any(StreamGap in kinds for kinds in needs.values()) else ()
+        with Observer(module, find, needs, own, norms) as observer:
             for forward, again in zip(forwards, repeat(None) if dense is None else dense, strict=False):
                 with observer.forward():
                     forward()
