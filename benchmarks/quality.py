@@ -36,7 +36,7 @@ def ours(bits: int) -> dict[str, dict[str, Any]]:
     """Name -> recipe of each that is compared, but for its calibration text."""
     grid = {"bits": bits, "group_size": 64, "scale_rule": "signed-max"}
     best = load_recipe(f"best-{bits}bit").as_dict()
-    best_text = {key: best["calibration"][key] for key in ("token_weights",)}
+    best_text = {"token_weights": best["calibration"]["token_weights"]}
     return {
         "rtn": {"steps": [{"method": "rtn", **grid}]},
         "gptq": {"steps": [{"method": "gptq", **grid, "scale_search": "diagonal"}]},
@@ -87,7 +87,7 @@ def main() -> None:
         Calibration(data=options.calibration, samples=options.samples, length=options.length)
     )
     save_file({"tokens": calibration.tokens}, options.work / "tokens.safetensors")
-    costs = {name: make(name, job, dense, options) for name, job in jobs(dense, options).items()}
+    costs = {name: make(name, job, options) for name, job in jobs(dense, options).items()}
     result: dict[str, Any] = {"runs": {}}
     if options.output.is_file():
         result = json.loads(options.output.read_text(encoding="utf-8"))
@@ -120,14 +120,14 @@ def own(name: str, dense: Path, keys: dict[str, Any], options: argparse.Namespac
     """`penjing compress` as a user runs it, without the evaluation."""
     calibration = {"data": options.calibration, "samples": options.samples, "length": options.length}
     recipe = {"version": 1, **keys, "calibration": calibration | keys.get("calibration", {})}
-    path = options.work / f"{name.replace(' ', '-').replace(',', '')}.yaml"
+    path = options.work / f"{_file_name(name)}.yaml"
     write_bytes(path, yaml.safe_dump(recipe).encode())
     return [sys.executable, "-m", "penjing", "compress", str(dense), "-r", str(path), "-o", OUTPUT, "--no-eval"]
 
 
-def make(name: str, command: list[str], dense: Path, options: argparse.Namespace) -> tuple[Path, dict[str, float]]:
+def make(name: str, command: list[str], options: argparse.Namespace) -> tuple[Path, dict[str, float]]:
     """Directory of the model of a row, and what it cost: seconds, seconds of processors, bytes above the libraries."""
-    directory = options.work / name.replace(" ", "-").replace(",", "")
+    directory = options.work / _file_name(name)
     note = directory.with_name(f"{directory.name}.cost.json")
     if not note.is_file():
         words = [str(directory) if word == OUTPUT else word for word in command]
@@ -138,6 +138,10 @@ def make(name: str, command: list[str], dense: Path, options: argparse.Namespace
         print(name, json.dumps(spent), flush=True)
     found = next((path.parent for path in directory.rglob("config.json")), directory)
     return found, json.loads(note.read_text(encoding="utf-8"))
+
+
+def _file_name(row: str) -> str:
+    return row.replace(" ", "-").replace(",", "")
 
 
 def measure(

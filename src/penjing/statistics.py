@@ -74,6 +74,12 @@ class Gram:
         self._sum = self.value / (scale.float().unsqueeze(1) * scale.float())
 
 
+def _add_by_halves(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right of the first half of the tokens to `total[0]`, of the second to `total[1]`."""
+    for half, (one, other) in enumerate(zip(left.tensor_split(2), right.tensor_split(2), strict=True)):
+        total[half] += (one.T @ other).float()
+
+
 class CrossGram:
     """What the inputs lost, against what they are: `value` is (X' - X)^T X of two halves of the tokens, fp32 (2, K, K).
 
@@ -93,8 +99,7 @@ class CrossGram:
     def compare(self, inputs: Tensor, dense: Tensor) -> None:
         """Take in the same tokens in the compressed and in the dense model, both (T, K)."""
         self.tokens += inputs.shape[0]
-        for half, (seen, meant) in enumerate(zip(inputs.tensor_split(2), dense.tensor_split(2), strict=True)):
-            self.value[half] += ((meant - seen).T @ seen).float()
+        _add_by_halves(self.value, dense - inputs, inputs)
 
     def rescale(self, scale: Tensor) -> None:
         self.value = self.value / (scale.float().unsqueeze(1) * scale.float())
@@ -120,8 +125,7 @@ class StreamGap:
         self.tokens += inputs.shape[0]
         if not self.value.numel():
             self.value = torch.zeros(2, lost.shape[1], inputs.shape[1])
-        for half, (seen, gone) in enumerate(zip(inputs.tensor_split(2), lost.tensor_split(2), strict=True)):
-            self.value[half] += (gone.T @ seen).float()
+        _add_by_halves(self.value, lost, inputs)
 
     def rescale(self, scale: Tensor) -> None:
         self.value = self.value / scale.float()

@@ -52,10 +52,11 @@ def token_weights(
         found = squared_gradients(stream, part, linears, told, dtype=dtype, seed=number)
         for index, names in linears.items():
             prefix = f"{stream.layout.block_name(index)}."
+            sums: dict[str, Tensor] = {}
+            for each in (found[prefix + name] for name in names):
+                sums[each.leader] = sums[each.leader] + each.tokens if each.leader in sums else each.tokens
             for name in names:
-                leader = found[prefix + name].leader
-                together = (found[prefix + other] for other in names if found[prefix + other].leader == leader)
-                squares.setdefault(prefix + name, []).append(torch.stack([each.tokens for each in together]).sum(0))
+                squares.setdefault(prefix + name, []).append(sums[found[prefix + name].leader])
     weights = {name: torch.cat(found) for name, found in squares.items()}
     return {name: _weights(found) for name, found in weights.items() if len(found) == tokens.numel()}
 

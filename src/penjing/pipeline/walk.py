@@ -107,7 +107,7 @@ class Walk:
         states = self._calibration_states()
         if states is not None and needs_original(self.plan.recipe):
             self._original = states.clone()
-        if self.tokens is not None and weighs_tokens(self.plan.recipe) and self._blocks_to_do():
+        if self.tokens is not None and weighs_tokens(self.plan.recipe) and not self._blocks_done():
             self._token_weights = self._weigh_tokens(self.tokens)
         block_errors = []
         for index in range(self.layout.blocks):
@@ -126,10 +126,10 @@ class Walk:
             probe_logits=probe_logits,
         )
 
-    def _blocks_to_do(self) -> list[int]:
-        """Those whose shards no earlier run has written."""
-        names = {index: self._path(index + 2).name for index in range(self.layout.blocks)}
-        return [index for index, name in names.items() if self.journal.finished(name) is None]
+    def _blocks_done(self) -> bool:
+        """Whether an earlier run has written all of them."""
+        names = (self._path(index + 2).name for index in range(self.layout.blocks))
+        return all(self.journal.finished(name) is not None for name in names)
 
     def _weigh_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
         """For every linear in whose statistics tokens may count differently; from the dense model in any case."""

@@ -250,7 +250,7 @@ def _segment_ends(group_of: Tensor) -> dict[int, int]:
 
 def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
     """Quantise one linear, or the stacked rows of several that share their inputs."""
-    gap = given.statistics[StreamGap].value if StreamGap in given.statistics else None
+    gap = given.statistics.get(StreamGap) if options.stream else None
     return gptq(
         given.weight,
         given.statistics[Gram].value,
@@ -262,7 +262,7 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         kept=given.kept,
         scale_search=options.scale_search,
         cross=given.statistics[CrossGram].value if options.asymmetric else None,
-        gap=gap if options.stream and gap is not None and gap.numel() else None,
+        gap=gap.value if gap is not None and gap.value.numel() else None,
         descent=options.descent,
     )
 
