@@ -30,7 +30,7 @@ ASYMMETRIC = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True
 """The dense model's hidden states have to be where they were."""
 
 STREAM = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "stream": True},)
-"""So do they here, and the gradients of the dense model."""
+"""So do they here, and the gradients of the dense model, and the text that it writes."""
 
 ROTATED = ({"method": "rotation"}, {"method": "gptq", "bits": 4, "group_size": 32})
 AWQ = ({"method": "awq", "bits": 4, "group_size": 32, "steps": 2},)
@@ -64,19 +64,19 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("steps", "propagate", "token_weights"),
+    ("steps", "propagate", "calibration"),
     [
-        (HYBRID, "compressed", "alike"),
-        (AWQ, "original", "alike"),
-        (ROTATED, "compressed", "alike"),
-        (ASYMMETRIC, "compressed", "alike"),
-        (STREAM, "compressed", "gradient"),
+        (HYBRID, "compressed", {}),
+        (AWQ, "original", {}),
+        (ROTATED, "compressed", {}),
+        (ASYMMETRIC, "compressed", {}),
+        (STREAM, "compressed", {"token_weights": "gradient", "written": 0.5}),
     ],
     ids=["hybrid", "awq", "rotated", "asymmetric", "stream"],
 )
-def test_stopped_at_every_shard(steps, propagate, token_weights, tiny_model, short, tmp_path, monkeypatch) -> None:
+def test_stopped_at_every_shard(steps, propagate, calibration, tiny_model, short, tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", layers=LAYERS)
-    short["calibration"]["token_weights"] = token_weights
+    short["calibration"] |= calibration
     wanted = recipe(short, *steps, propagate=propagate)
     report = compress(model, wanted, tmp_path / "whole", evaluated=False)
     expected = shards(tmp_path / "whole")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import naive
-from penjing.statistics import AbsMax, ColumnNorm, CosineChange, Gram, MeanAbs, TokenSample
+from penjing.numerics.precision import holding
+from penjing.statistics import AbsMax, ColumnNorm, CosineChange, CrossGram, Gram, MeanAbs, TokenSample
 
 DEFINITIONS = {
     Gram: lambda x: x.T @ x,
@@ -27,10 +28,35 @@ def test_equals_definition_in_pieces(kind, dtype):
     statistic = in_pieces(kind(20), inputs)
     expected = DEFINITIONS[kind](inputs.double())
     assert statistic.value.dtype == torch.float32 and statistic.tokens == 100
-    # Products of 16-bit inputs may be added up in fp32 but are rounded once more per piece on the way.
-    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     scale = float(expected.abs().max())
-    torch.testing.assert_close(statistic.value.double(), expected, rtol=tolerance, atol=tolerance * scale * 0.1)
+    torch.testing.assert_close(statistic.value.double(), expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_gram_of_nearly_equal_inputs_in_bf16_is_positive_definite():
+    """Rounding sums to bf16 would move eigenvalues by a hundred times the least one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = (8 + torch.randn(4096, 64, generator=generator)).bfloat16()
+    gram = in_pieces(Gram(64), inputs, (512,) * 7)
+    expected = torch.linalg.eigvalsh(inputs.double().T @ inputs.double())
+    torch.testing.assert_close(torch.linalg.eigvalsh(gram.value.double()), expected, rtol=1e-3, atol=0)
+
+
+def test_differences_in_bf16_are_summed_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    inputs, lost = ((8 + torch.randn(4096, 32, generator=generator)).bfloat16() for _ in range(2))
+    statistic = CrossGram(32)
+    statistic.compare(inputs, lost)
+    torch.testing.assert_close(statistic.value.sum(0).double(), lost.double().T @ inputs.double(), rtol=1e-5, atol=0)
+
+
+def test_other_products_keep_their_precision():
+    matmul, inputs = torch.backends.mkldnn.matmul, torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    before = matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="shapes"), holding(torch.bfloat16):
+        inputs @ inputs
+    assert matmul.fp32_precision == before
+    with holding(torch.float32):
+        torch.testing.assert_close((inputs @ inputs.T).double(), inputs.double() @ inputs.double().T, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 16, 37])

@@ -13,6 +13,10 @@ BATCH_TOKENS = 2048
 """Tokens per forward pass: enough to keep the matrix units busy, small enough for one block's intermediates."""
 
 
+WRITTEN_LENGTH, WRITTEN_TOGETHER = 256, 64
+"""Tokens of a text that the model writes itself for calibration, and how many texts it writes at once."""
+
+
 def needs_text(recipe: Recipe) -> bool:
     """Whether any step looks at activations."""
     return any(
@@ -82,11 +86,24 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
         largest = max(module.parameters for modules in blocks for module in modules)
         states["a matrix that is rewritten, in fp64"] = 3 * 8 * largest
     moments = [{"embedding or head": outside, **states}, {**inside, **states}]
+    if needs_text(recipe) and recipe.calibration.own_windows:
+        moments.append(_writing(recipe, layout))
     if weighs_tokens(recipe):
         moments.append(_weighing(recipe, layout, block, outside))
     if any(step.definition.tune for step in recipe.steps):
         moments.append(_training(recipe, layout, block, outside))
     return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _writing(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """While the dense model writes text."""
+    tokens = WRITTEN_TOGETHER * min(WRITTEN_LENGTH, recipe.calibration.length)
+    width = layout.heads.count * layout.heads.size if layout.heads else layout.embedding.shape[1]
+    return {
+        "the whole model": 4 * layout.parameters,
+        "keys and values, while they grow": 2 * 2 * 4 * layout.blocks * width * tokens,
+        "logits of a token of each text, their running sums": 6 * 4 * WRITTEN_TOGETHER * layout.embedding.shape[0],
+    }
 
 
 def _weighing(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
@@ -177,4 +194,5 @@ def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]
     widths = [module.shape[1] for module, steps in linears if steps]
     passes = sum(step.definition.passes(step.options, recipe.calibration.samples) for step in recipe.steps)
     passes += 3 if weighs_tokens(recipe) else 0
+    passes += 3 * recipe.calibration.written  # token by token, far from the rate of large matrices
     return tokens * ((2 + passes) * forward + sum(width * width for width in widths) / 2)

@@ -42,6 +42,7 @@ class Calibration(_Section):
 
     data: str = Field("builtin", description="`builtin`, a text or JSONL file, a directory of them, or a hub data set")
     samples: int = Field(128, ge=1, description="number of windows")
+    written: float = Field(0.0, ge=0, le=1, description="share of the windows that the dense model writes itself")
     length: int = Field(2048, ge=2, description="tokens per window")
     seed: int = Field(0, ge=0, description="chooses the windows")
     chat_template: bool = Field(False, description="render records that hold messages with the model's chat template")
@@ -51,6 +52,11 @@ class Calibration(_Section):
         "through it, from one more pass forward and back through the dense model",
     )
     spill: bool = Field(False, description="keep the windows' hidden states in a file beside the output, not in memory")
+
+    @property
+    def own_windows(self) -> int:
+        """How many of the windows the dense model writes."""
+        return round(self.written * self.samples)
 
 
 class Evaluation(_Section):

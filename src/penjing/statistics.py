@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from penjing.numerics.precision import holding
+
 
 class Statistic(Protocol):
     """Accumulates something about the inputs of a linear."""
@@ -53,13 +55,11 @@ class Gram:
 
     def update(self, inputs: Tensor) -> None:
         self.tokens += inputs.shape[0]
-        for top in range(0, inputs.shape[1], self._strip):
-            bottom = top + self._strip
-            left, right = inputs[:, top:bottom].T, inputs[:, top:]
-            if inputs.dtype == torch.float32:
-                self._sum[top:bottom, top:].addmm_(left, right)
-            else:
-                self._sum[top:bottom, top:].add_(left @ right)
+        exact = inputs.float()
+        with holding(inputs.dtype):
+            for top in range(0, inputs.shape[1], self._strip):
+                bottom = top + self._strip
+                self._sum[top:bottom, top:].addmm_(exact[:, top:bottom].T, exact[:, top:])
         self._mirrored = False
 
     @property
@@ -76,8 +76,10 @@ class Gram:
 
 def _add_by_halves(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T right of the first half of the tokens to `total[0]`, of the second to `total[1]`."""
-    for half, (one, other) in enumerate(zip(left.tensor_split(2), right.tensor_split(2), strict=True)):
-        total[half] += (one.T @ other).float()
+    halves = zip(left.float().tensor_split(2), right.float().tensor_split(2), strict=True)
+    with holding(right.dtype):
+        for half, (one, other) in enumerate(halves):
+            total[half].addmm_(one.T, other)
 
 
 class CrossGram:
@@ -96,10 +98,10 @@ class CrossGram:
         """Take in tokens whose inputs are the same in both models."""
         self.tokens += inputs.shape[0]
 
-    def compare(self, inputs: Tensor, dense: Tensor) -> None:
-        """Take in the same tokens in the compressed and in the dense model, both (T, K)."""
+    def compare(self, inputs: Tensor, lost: Tensor) -> None:
+        """Take in inputs in the compressed model and how far those of the dense one are from them, both (T, K)."""
         self.tokens += inputs.shape[0]
-        _add_by_halves(self.value, dense - inputs, inputs)
+        _add_by_halves(self.value, lost, inputs)
 
     def rescale(self, scale: Tensor) -> None:
         self.value = self.value / (scale.float().unsqueeze(1) * scale.float())

@@ -109,7 +109,7 @@ def seen(method: str, options: Any, inputs: Tensor) -> Statistics:
     statistics = {needed: needed(COLUMNS) for needed in METHODS[method].needs(options)}
     for statistic in statistics.values():
         if isinstance(statistic, CrossGram):
-            statistic.compare(inputs, 1.01 * inputs)
+            statistic.compare(inputs, 0.01 * inputs)
         else:
             statistic.update(inputs)
     return statistics

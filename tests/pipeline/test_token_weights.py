@@ -46,7 +46,9 @@ def expected(directory: Path, clusters: list[list[str]], sizes: list[int]) -> di
         generator = torch.Generator().manual_seed(seed)
         for window in part:
             logits = model(window[None]).logits[0]
-            labels = torch.multinomial(logits.softmax(1), 1, generator=generator)
+            sums = logits.softmax(1).cumsum(1, dtype=torch.float64)
+            at = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
+            labels = (sums <= at).sum(1, keepdim=True)
             chosen = logits.log_softmax(1).gather(1, labels).sum()
             found = dict(zip(outputs, torch.autograd.grad(chosen, list(outputs.values())), strict=True))
             for cluster in clusters:

@@ -90,8 +90,12 @@ def describe(
 def data_fingerprint(documents: Documents, windows: Tensor) -> Fingerprint:
     """Digests that change when the text, or its tokens, or the choice of windows changes."""
     text = hashlib.sha256(documents.joined().encode("utf-8", "surrogatepass")).hexdigest()
-    tokens = hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-    return Fingerprint(text, tokens)
+    return Fingerprint(text, token_digest(windows))
+
+
+def token_digest(windows: Tensor) -> str:
+    """SHA-256 hex digest of token windows, as little-endian int64."""
+    return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def load_tokenizer(source: str | Path | Iterable[tuple[str, bytes]]) -> Any:

@@ -89,6 +89,16 @@ def end_tokens(model: Any) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def drawn(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index (B,) per row of `probabilities` (B, V), which need not sum to 1, each as often as it is probable.
+
+    Where a number drawn at random falls among the running sums; `torch.multinomial` draws one for every index.
+    """
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, at * sums[:, -1:], right=True).squeeze(1)
+
+
 def draw(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens (B,) drawn from softmax(logits / temperature), logits (B, V), with torch's own random numbers."""
-    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+    return drawn((logits / temperature).softmax(-1))

@@ -32,7 +32,7 @@ from penjing.pipeline.removals import losses_without
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.sensitivity import PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.stream import StreamedModel
-from penjing.pipeline.text import TextSource
+from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
 
@@ -194,7 +194,7 @@ def allocate(
     if menu.drops and by == "output":
         raise PlanError("`drop` is judged by the KL divergence of the model without a block; use `by` gradient or kl")
     price = prices(menu, budget)
-    tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
+    tokens = calibration_text(checkpoint, recipe.calibration, progress, trust_remote_code=trust_remote_code).tokens
     rewriting = menu.whole.rewriting
     source = checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate")
     with tempfile.TemporaryDirectory() as folder:

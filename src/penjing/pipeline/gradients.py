@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from penjing.models import find
-from penjing.pipeline.stream import StreamedModel, batches
+from penjing.models.reading import drawn
+from penjing.pipeline.stream import StreamedModel, batches, head_slices
 from penjing.statistics import Gram
 
 SEED = 0
@@ -116,13 +118,13 @@ def _by_last_states(stream: StreamedModel, states: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(states)
     with stream.head(states.dtype) as logits:
-        for window, place in zip(states, gradient, strict=True):
-            leaf = window.unsqueeze(0).detach().requires_grad_()
+        for window, at in product(range(len(states)), head_slices(states.shape[1])):
+            leaf = states[window : window + 1, at].detach().requires_grad_()
             scores = logits(leaf)
             by_scores = torch.softmax(scores.detach(), 1)  # d log p(y) / d z = one-hot(y) - p
-            labels = torch.multinomial(by_scores, 1, generator=generator)
+            labels = drawn(by_scores, generator).unsqueeze(1)
             by_scores.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=by_scores.dtype))
-            place.copy_(torch.autograd.grad(scores, leaf, by_scores)[0][0])
+            gradient[window, at] = torch.autograd.grad(scores, leaf, by_scores)[0][0]
     return gradient
 
 

@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes
+from penjing.checkpoint import Checkpoint, open_checkpoint, write_bytes, write_shard
 from penjing.costs import needs_text
 from penjing.errors import PlanError, QualityError
 from penjing.evaluation.card import model_card
@@ -24,7 +25,7 @@ from penjing.memory import PeakMemory, configure_heap
 from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, encoders, measure
-from penjing.pipeline.journal import Fingerprint, Journal, alone_in, require_usable
+from penjing.pipeline.journal import FOLDER, Fingerprint, Journal, alone_in, require_usable
 from penjing.pipeline.sizes import settle
 from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
@@ -32,9 +33,13 @@ from penjing.pipeline.text import Text, TextSource
 from penjing.pipeline.verification import Verification, fits_in_memory, verify
 from penjing.pipeline.walk import Progress
 from penjing.pipeline.weights import Weights
+from penjing.pipeline.written_text import write_windows
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
 from penjing.runtime.memory import CacheMemory
+
+_WRITTEN = "written.safetensors"
+"""Calibration windows that the model wrote, in the output's working folder until the run ends."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def _run(job: Job, progress: Progress) -> Report:
         progress("calibration text", 1, 1, " ".join(job.calibration.sample.split())[:60])
     configure_heap()
     journal = Journal.open(job.directory, job.fingerprint())
+    journal.save()
     with PeakMemory() as memory, stages.stage("compress"):
+        job = _with_written(job, progress)
         outcome = run_stages(job, journal, progress)
     with stages.stage("complete the directory"):
         companion = outcome.checkpoint if outcome.made else job.checkpoint
@@ -144,10 +151,23 @@ def _run(job: Job, progress: Progress) -> Report:
     write_bytes(job.directory / "report.html", html_page(report).encode())
     write_bytes(job.directory / "README.md", model_card(report).encode())
     clear_stages(job.directory)
+    (job.directory / FOLDER / _WRITTEN).unlink(missing_ok=True)
     journal.close()
     for shard in set(outcome.walk.shards) - set(weights):
         (job.directory / shard).unlink()
     return report
+
+
+def _with_written(job: Job, progress: Progress) -> Job:
+    """The job with the calibration windows that the model writes itself; an interrupted run has left them in a file."""
+    wanted = job.recipe.calibration
+    if job.calibration is None or not wanted.own_windows:
+        return job
+    source, path = TextSource(job.checkpoint), job.directory / FOLDER / _WRITTEN
+    if not path.is_file():
+        written = write_windows(source, wanted, job.dtype, progress, trust_remote_code=job.trust_remote_code)
+        write_shard(path, {"tokens": written})
+    return replace(job, calibration=source.joined(job.calibration, load_file(path)["tokens"]))
 
 
 def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory | None]:

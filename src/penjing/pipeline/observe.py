@@ -26,15 +26,20 @@ class _EnoughSeen(Exception):
 
 
 class _Waiting(NamedTuple):
-    """Inputs (t, K) in the compressed model, weighed, until those of the dense one come; the stream (t, D) if known."""
+    """Inputs (t, K) in the compressed model until those of the dense one come; the stream (t, D) if known.
+
+    roots    of the weights (t, 1) of the tokens, if they do not count alike
+    weighed  inputs (t, K) times roots
+    """
 
     inputs: Tensor
     roots: Tensor | None
+    weighed: Tensor
     stream: Tensor | None
 
-    def weighed(self, tokens: Tensor) -> Tensor:
-        """Tokens (t, ...) as the inputs are."""
-        return tokens if self.roots is None else tokens * self.roots
+    def compare(self, statistic: CrossGram | StreamGap, lost: Tensor) -> None:
+        """Tell what was lost (t, ...) at these tokens."""
+        statistic.compare(self.weighed, lost if self.roots is None else lost * self.roots)
 
 
 class Observer:
@@ -149,7 +154,7 @@ class Observer:
                 statistic.update(weighted if weighs(kind) else tokens)
         if any(map(compares, fresh)):
             stream = self._take_stream() if StreamGap in fresh else None
-            self._waiting[name].append(_Waiting(weighted, roots, stream))
+            self._waiting[name].append(_Waiting(tokens, roots, weighted, stream))
         if leader == name:
             self._last = (name, inputs)
 
@@ -168,11 +173,11 @@ class Observer:
         waiting, dense = self._waiting[name].popleft(), dense.reshape(-1, dense.shape[-1])
         for statistic in self.statistics[name].values():
             if isinstance(statistic, CrossGram):
-                statistic.compare(waiting.inputs, waiting.weighed(dense))
+                waiting.compare(statistic, dense - waiting.inputs)
             if isinstance(statistic, StreamGap):
                 meant = self._take_stream()
                 if waiting.stream is not None and meant is not None:
-                    statistic.compare(waiting.inputs, waiting.weighed(meant - waiting.stream))
+                    waiting.compare(statistic, meant - waiting.stream)
 
     def _leader_of(self, name: str, inputs: Tensor) -> str:
         """The linear called just before with the very same tensor, or `name` itself.

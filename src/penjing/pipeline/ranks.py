@@ -28,8 +28,8 @@ from penjing.pipeline.gradients import (
 from penjing.pipeline.observe import Observer
 from penjing.pipeline.patterns import patterns
 from penjing.pipeline.stream import StreamedModel, batches
-from penjing.pipeline.text import TextSource
 from penjing.pipeline.weights import Weights
+from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, Step, load_recipe
 from penjing.statistics import Gram, unseen
@@ -107,7 +107,7 @@ def choose_ranks(
     make_plan(checkpoint, layout, recipe, trust_remote_code=trust_remote_code)  # every reason to refuse
     number, step = _step_of(recipe)
     members = _units(layout, selected(step, layout))
-    tokens = TextSource(checkpoint).calibration(recipe.calibration).tokens
+    tokens = calibration_text(checkpoint, recipe.calibration, progress, trust_remote_code=trust_remote_code).tokens
     by = "output" if energy is not None else by
     walk = _Walk(checkpoint, layout, tokens, by, progress, trust_remote_code)
     spectra = walk.spectra(members)

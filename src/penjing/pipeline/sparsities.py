@@ -23,8 +23,8 @@ from penjing.pipeline.block import BlockTensors
 from penjing.pipeline.menu import targets_for
 from penjing.pipeline.observe import Observer
 from penjing.pipeline.stream import StreamedModel, batches
-from penjing.pipeline.text import TextSource
 from penjing.pipeline.weights import Weights
+from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe, load_recipe
 from penjing.statistics import ColumnNorm
@@ -91,9 +91,10 @@ class Look:
 
     def outliers(self, names: Sequence[str], sparsity: float, above: float, spread: float) -> dict[str, float]:
         """OWL, one sparsity per block; the last block with one of `names` is the last that runs."""
-        tokens = TextSource(self.checkpoint).calibration(self.recipe.calibration).tokens
+        wanted, trust = self.recipe.calibration, self.trust_remote_code
+        tokens = calibration_text(self.checkpoint, wanted, self.progress, trust_remote_code=trust).tokens
         source = Weights(self.checkpoint, self.layout).live
-        stream = StreamedModel(self.checkpoint.config, self.layout, source, trust_remote_code=self.trust_remote_code)
+        stream = StreamedModel(self.checkpoint.config, self.layout, source, trust_remote_code=trust)
         blocks: dict[int, list[str]] = {}
         for name in names:
             blocks.setdefault(self.layout.by_name[name].block or 0, []).append(name)

@@ -117,7 +117,6 @@ class Outcome:
 
 def run_stages(job: Job, journal: Journal, progress: Progress) -> Outcome:
     """Walk, make, walk again, until the output's shards are written."""
-    journal.save()
     checkpoint = job.checkpoint
     removed: list[tuple[int, str]] = []
     made: list[Mapping[str, Any]] = []

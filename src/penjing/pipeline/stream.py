@@ -23,6 +23,9 @@ from penjing.models import build_model, fill, find, release
 from penjing.models.layout import Layout, ModuleSpec
 from penjing.pipeline.weights import ModuleSource, modules_outside_blocks
 
+HEAD_TOKENS = 256
+"""Tokens whose logits are in memory at once."""
+
 Allocate = Callable[..., Tensor]
 """Like `torch.empty(shape, dtype=dtype)`."""
 
@@ -250,3 +253,8 @@ def run_call(block: nn.Module, call: BlockCall, states: Tensor, parameters: Mapp
 def batches(states: Tensor) -> Sequence[Tensor]:
     """Views of hidden states (S, T, D), or of token windows (S, T), each of a size that one forward pass takes."""
     return states.split(max(1, BATCH_TOKENS // states.shape[1]))
+
+
+def head_slices(length: int) -> list[slice]:
+    """Positions of a window of `length` tokens, as many at a time as have logits in memory at once."""
+    return [slice(start, min(start + HEAD_TOKENS, length)) for start in range(0, length, HEAD_TOKENS)]

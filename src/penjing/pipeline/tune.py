@@ -26,14 +26,11 @@ from penjing.methods.distillation.kl import forward_kl
 from penjing.models import find
 from penjing.models.layout import ModuleSpec
 from penjing.pipeline.journal import Journal
-from penjing.pipeline.stream import StreamedModel
+from penjing.pipeline.stream import StreamedModel, head_slices
 from penjing.pipeline.walk import Progress
 from penjing.pipeline.weights import LiveModule, decode_module
 from penjing.planning import Plan
 from penjing.representations import Representation
-
-HEAD_TOKENS = 256
-"""Tokens whose logits are in memory at once."""
 
 Given = Callable[[str], Tensor | None]
 """Another value for a parameter, by its full name; None for the model's own."""
@@ -129,7 +126,7 @@ class FinishedModel:
             states = recomputed(partial(self._block, index, given), states, use_reentrant=False)
         last, gradient, total = states.detach(), torch.empty_like(states), 0.0
         for row, window in enumerate(windows):
-            for at in _slices(last.shape[1]):
+            for at in head_slices(last.shape[1]):
                 leaf = last[row : row + 1, at].requires_grad_()
                 value = loss(window, at, head(leaf)) / tokens
                 gradient[row, at] = torch.autograd.grad(value, leaf)[0][0]
@@ -172,11 +169,6 @@ class FinishedModel:
             old = load_file(self._directory / shard)
             shards[shard] = {name: changed.get(name, tensor) for name, tensor in old.items()}
         return shards
-
-
-def _slices(length: int) -> list[slice]:
-    """Positions of a window, as many at a time as have logits in memory at once."""
-    return [slice(start, min(start + HEAD_TOKENS, length)) for start in range(0, length, HEAD_TOKENS)]
 
 
 def tune(model: FinishedModel, journal: Journal, progress: Progress) -> None:

@@ -220,8 +220,8 @@ def test_minillm_of_models_is_that_of_their_logits(student, teacher):
 
 def test_a_model_writes_its_own_data(teacher):
     teacher.config.eos_token_id = None
-    tokens, labels = self_written(teacher, 3, 12, seed=5)
-    assert torch.equal(tokens, self_written(teacher, 3, 12, seed=5)[0]) and torch.equal(tokens, labels)
+    tokens, mask = self_written(teacher, 3, 12, seed=5)
+    assert torch.equal(tokens, self_written(teacher, 3, 12, seed=5).tokens) and mask.all()
     logits = teacher(input_ids=tokens).logits
     first = min(GREEDY)
     assert torch.equal(logits[:, :first].argmax(-1), tokens[:, 1 : first + 1]), "the beginning is greedy"
@@ -235,8 +235,21 @@ def test_a_model_writes_its_own_data(teacher):
 
 def test_text_after_an_early_end_is_not_learnt(teacher):
     teacher.config.eos_token_id = list(range(300))
-    tokens, labels = self_written(teacher, 2, 8, seed=0)
-    assert tokens.shape == (2, 8) and (labels[:, 2:] == IGNORED).all() and (labels[:, :2] != IGNORED).all()
+    batches = []
+    objective = SelfWritten(lambda model, batch: batches.append(batch), teacher, pool=2, seed=0)
+    objective(teacher, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    labels = batches[0]["labels"]
+    assert labels.shape == (2, 8) and (labels[:, 2:] == IGNORED).all() and (labels[:, :2] != IGNORED).all()
+
+
+def test_a_text_may_begin_with_a_given_token_and_go_on_after_an_end(teacher):
+    teacher.config.eos_token_id = list(range(300))
+    numbers = []
+    tokens, mask = self_written(teacher, 2, 8, seed=0, bos=7, told=numbers.append)
+    assert mask.all() and (tokens[:, 0] == 7).all() and numbers == list(range(6))
+    free = self_written(teacher, 2, 2, seed=0).tokens
+    assert torch.equal(tokens[:, 1], free[:, 0]), "the token drawn first is the same"
+    assert self_written(teacher, 2, 2, seed=0, bos=7).tokens.shape == (2, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,7 +31,7 @@ from penjing.methods.distillation.sliced import sliced_sum
 from penjing.methods.distillation.tokens import TokenLoss, log_probabilities, predictions
 from penjing.methods.training import IGNORED, Batch, Loss, NextToken, Teacher, Training, TrainOptions, TrainTask
 from penjing.models.outputs import last_states, logits_of
-from penjing.models.reading import Written, draw, end_tokens, write
+from penjing.models.reading import Written, draw, drawn, end_tokens, write
 
 
 class GKDOptions(DivergenceOptions):
@@ -128,7 +128,7 @@ class MiniLLM(nn.Module):
 
     def _choose(self, number: int, logits: Sequence[Tensor]) -> Tensor:
         probabilities = mixed_sampling(logits[0], logits[1], self.options.teacher_share)
-        return torch.multinomial(probabilities, 1).squeeze(1)
+        return drawn(probabilities)
 
     def _policy(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The policy gradient's loss, and the mean of log q - log p over what was written."""

@@ -9,14 +9,14 @@ Source: Liu et al. 2023, "LLM-QAT" (arXiv:2305.17888), section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penjing.methods.training import IGNORED, Batch, Loss
-from penjing.models.reading import draw, end_tokens, write
+from penjing.models.reading import Written, draw, end_tokens, write
 
 GREEDY = (3, 4, 5)
 """How many tokens after the first may be the likeliest ones; drawn per window."""
@@ -25,28 +25,45 @@ TOGETHER = 16
 """Windows of a pool that are written at once: one reading of the weights serves a token of each."""
 
 
-def self_written(model: Any, windows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (windows, length) and labels with `IGNORED` after the end of a text that came early."""
+def self_written(
+    model: Any,
+    windows: int,
+    length: int,
+    seed: int,
+    *,
+    bos: int | None = None,
+    ends: Iterable[int] = (),
+    told: Callable[[int], None] = lambda number: None,
+) -> Written:
+    """What `model` writes: `windows` texts, `length` tokens each.
+
+    bos   token that comes first in each text and counts towards its length
+    ends  tokens after which a text is over; without any, the model goes on with another one
+    told  called before each token with its number
+    """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
     starts = torch.randint(vocabulary, (windows, 1), generator=generator)
     greedy = torch.tensor(GREEDY)[torch.randint(len(GREEDY), (windows,), generator=generator)]
     device = next(model.parameters()).device
+    greedy = greedy.to(device)
 
     def choose(number: int, logits: Sequence[Tensor]) -> Tensor:
-        likeliest, drawn = logits[0].argmax(-1), draw(logits[0])
-        return torch.where(number < greedy.to(device), likeliest, drawn)
+        told(number)
+        chosen = draw(logits[0])
+        return torch.where(number < greedy, logits[0].argmax(-1), chosen) if number < max(GREEDY) else chosen
 
+    if bos is not None:
+        starts = torch.cat([torch.full_like(starts, bos), starts], 1)
+    prompts = starts.to(device)[:, : length - 1]
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    starts = starts.to(device)
-    written = write([model], starts, torch.ones_like(starts), length - 1, choose, end_tokens(model))
+    written = write([model], prompts, torch.ones_like(prompts), length - prompts.shape[1], choose, ends)
     torch.set_rng_state(state)
-    missing = length - 1 - written.tokens.shape[1]
-    tokens = torch.cat([starts, written.tokens, written.tokens[:, -1:].expand(-1, missing)], 1)
-    over = torch.nn.functional.pad(~written.mask, (1, 0), value=False)
-    over = torch.nn.functional.pad(over, (0, missing), value=True)
-    return tokens, tokens.masked_fill(over, IGNORED)
+    missing = length - prompts.shape[1] - written.tokens.shape[1]
+    tokens = torch.cat([prompts, written.tokens, written.tokens[:, -1:].expand(-1, missing)], 1)
+    mask = torch.nn.functional.pad(written.mask, (prompts.shape[1], 0), value=True)
+    return Written(tokens, torch.nn.functional.pad(mask, (0, missing), value=False))
 
 
 class SelfWritten(nn.Module):
@@ -78,7 +95,9 @@ class SelfWritten(nn.Module):
         if (number, length) not in self._known:
             first = number - number % TOGETHER
             count = min(TOGETHER, self._pool - first)
-            tokens, labels = self_written(self._writer[0], count, length, self._seed * 1_000_003 + first)
+            model, seed = self._writer[0], self._seed * 1_000_003 + first
+            tokens, mask = self_written(model, count, length, seed, ends=end_tokens(model))
+            labels = tokens.masked_fill(~mask, IGNORED)
             for at, pair in enumerate(zip(tokens.cpu(), labels.cpu(), strict=True), first):
                 self._known[at, length] = pair
         return self._known[number, length]
