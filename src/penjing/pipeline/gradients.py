@@ -157,7 +157,7 @@ class _Squares:
 
     def _add(self, name: str, gradient: Tensor) -> None:
         squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
-        outputs = squares.sum(0, dtype=torch.float64)
+        outputs = squares.sum(0).double()
         self._outputs[name] = self._outputs[name] + outputs if name in self._outputs else outputs
         self._tokens.setdefault(name, []).append(squares.sum(1))
 
