@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from penjing import api
 from penjing.errors import PlanError
-from penjing.pipeline import journal
+from penjing.pipeline import journal, tune
+from penjing.pipeline.stream import StreamedModel
 from runs import compress, recipe, shards, texts
 
 GPTQ = {"method": "gptq", "bits": 2, "group_size": 16}
@@ -47,6 +48,24 @@ def test_the_loss_falls_and_codes_stay(tiny_model: Callable[..., Path], short, t
     assert before.keys() == after.keys() and trained.bytes == rounded.bytes
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("weight_codes"))
     assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight_scale"))
+
+
+@pytest.mark.parametrize("before", [(), ({"method": "rotation"},), ({"method": "shortgpt", "drop": 1},)], ids=str)
+def test_the_aim_is_the_dense_model_whoever_ran_it(before, tiny_model, short, tmp_path, monkeypatch):
+    """A walk that keeps the dense model's states hands them on, if they are those of the model before any change."""
+    seen, ran, init, forward = [], [], tune.FinishedModel.__init__, StreamedModel.forward
+
+    def spy(self: Any, plan: Any, config: Any, teacher: Any, folder: Any, kept: Any, tokens: Any, targets: Any) -> None:
+        seen.append((targets, forward(teacher, tokens, targets.dtype)))
+        init(self, plan, config, teacher, folder, kept, tokens, targets)
+
+    monkeypatch.setattr(StreamedModel, "forward", lambda *args: ran.append(args) or forward(*args))
+    monkeypatch.setattr(tune.FinishedModel, "__init__", lambda *args, trust_remote_code: spy(*args))
+    steps = (*before, {**GPTQ, "asymmetric": True}, TRAIN)
+    compress(tiny_model("llama"), recipe(short, *steps), tmp_path / "out", evaluated=False)
+    [(targets, expected)] = seen
+    assert torch.equal(targets, expected)
+    assert len(ran) == (1 if before else 0)
 
 
 def test_a_stranger_loads_the_trained_model(tiny_model, short, tmp_path):

@@ -211,7 +211,7 @@ class _Walker:
         self._choose_blocks()
         walk = self._walk(self._tokens)
         if self._tokens is not None and any(step.definition.tune for step in self.plan.recipe.steps):
-            self._train(self._tokens)
+            self._train(self._tokens, walk.original if self.checkpoint is self._job.checkpoint else None)
             walk = self._walk(self._tokens[:1, :PROBE_TOKENS])
         return walk
 
@@ -260,8 +260,11 @@ class _Walker:
             trust_remote_code=self._job.trust_remote_code,
         ).run()
 
-    def _train(self, tokens: Tensor) -> None:
-        """The steps that bring the finished model's logits back to those of the dense model, blocks removed or not."""
+    def _train(self, tokens: Tensor, targets: Tensor | None) -> None:
+        """The steps that bring the finished model's logits back to those of the dense model, blocks removed or not.
+
+        targets  hidden states of the dense model after its last block, if the walk has left them
+        """
         job = self._job
         source = Weights(job.checkpoint, job.layout).live
         teacher = StreamedModel(job.checkpoint.config, job.layout, source, trust_remote_code=job.trust_remote_code)
@@ -272,7 +275,7 @@ class _Walker:
             self._directory,
             self._journal,
             tokens,
-            job.dtype,
+            teacher.forward(tokens, job.dtype) if targets is None else targets,
             trust_remote_code=job.trust_remote_code,
         )
         tune(model, self._journal, self._progress)

@@ -41,7 +41,7 @@ class FinishedModel:
 
     teacher  the dense model, all its blocks and before any rewriting
     tokens   calibration windows (S, T)
-    dtype    of the arithmetic
+    targets  its hidden states (S, T, D) after the last block, in the dtype of the arithmetic
 
     Losses are computed inside a `with` block, in which both heads are in memory.
     """
@@ -54,19 +54,19 @@ class FinishedModel:
         directory: Path,
         journal: Journal,
         tokens: Tensor,
-        dtype: torch.dtype,
+        targets: Tensor,
         *,
         trust_remote_code: bool = False,
     ) -> None:
         self.plan, self.layout = plan, plan.layout
-        self._directory, self._dtype = directory, dtype
+        self._directory = directory
         self._rows = {row.module.name: row for row in plan.rows}
         notes = {name: entry["notes"] for name, entry in journal.shards.items()}
         self._shard_of = {tensor: name for name, note in notes.items() for tensor in note["tensors"]}
         self._dense, self._tokens = teacher, tokens
         self._written = StreamedModel(config, plan.layout, self._live, trust_remote_code=trust_remote_code)
-        self._targets = teacher.forward(tokens, dtype)
-        self._inputs = self._written.embed(tokens, dtype)
+        self._targets = targets
+        self._inputs = self._written.embed(tokens, targets.dtype)
         inside = [module for module in plan.layout.modules if module.block is not None]
         self.weights = {module.name: self._unpack(module) for module in inside if self._is_coded(module)}
         self.frozen = {
@@ -78,7 +78,9 @@ class FinishedModel:
 
     def __enter__(self) -> FinishedModel:
         self._stack = ExitStack()
-        self._heads = [self._stack.enter_context(model.head(self._dtype)) for model in (self._dense, self._written)]
+        self._heads = [
+            self._stack.enter_context(model.head(self._targets.dtype)) for model in (self._dense, self._written)
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:

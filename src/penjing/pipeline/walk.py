@@ -54,6 +54,7 @@ class WalkResult:
     block_errors  ||f'(x) - f(x)|| / ||f(x)|| of each block on the probe's hidden states
     probe_tokens  token ids (1, T)
     probe_logits  the logits (T, V) fp32 that the compressed model gives for them
+    original      hidden states (S, T, D) after the last block of the model as it was, where something looked at them
     """
 
     shards: dict[str, list[str]]
@@ -61,6 +62,7 @@ class WalkResult:
     block_errors: list[float]
     probe_tokens: Tensor
     probe_logits: Tensor
+    original: Tensor | None
 
 
 class Walk:
@@ -124,6 +126,7 @@ class Walk:
             block_errors=block_errors,
             probe_tokens=probe_tokens,
             probe_logits=probe_logits,
+            original=self._original,
         )
 
     def _blocks_done(self) -> bool:
