@@ -20,7 +20,7 @@ from penjing.cli import app
 from penjing.methods import FAMILIES
 from penjing.methods.base import ActivationOptions
 from penjing.methods.quantization.kivi import KVCache
-from penjing.recipe import Calibration, Evaluation, Recipe, Requirements, Step
+from penjing.recipe import Allocate, Calibration, Evaluation, Recipe, Requirements, Step
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 NOTE = "<!-- Written by scripts/reference.py; change the code it reads, then run it. -->"
@@ -50,7 +50,13 @@ def recipe_page() -> str:
         for method in table:
             methods += ["", f"### {method.name}", "", f"{method.summary} ({method.paper})", "", *_table(method.options)]
     sections: list[str] = []
-    parts = {"calibration": Calibration, "evaluation": Evaluation, "require": Requirements, "kv_cache": KVCache}
+    parts = {
+        "calibration": Calibration,
+        "allocate": Allocate,
+        "evaluation": Evaluation,
+        "require": Requirements,
+        "kv_cache": KVCache,
+    }
     for name, section in parts.items():
         sections += ["", f"## {name}", "", (section.__doc__ or "").strip(), "", *_table(section)]
     top = set(Recipe.model_fields) - {"steps", *parts}

@@ -172,3 +172,10 @@ def sparsegpt(weight, hessian, *, sparsity=None, zeros_of=None, block=128, round
 
     result, total = eliminate(weight, hessian, fix)
     return result, kept, total
+
+
+def drawn_from(probabilities, generator):
+    """An index (B, 1) per row of (B, V): the number of running sums that a number drawn at random reaches."""
+    sums = probabilities.cumsum(1, dtype=torch.float64)
+    at = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
+    return (sums <= at).sum(1, keepdim=True)

@@ -97,7 +97,7 @@ def plan(
 
     Raises RecipeError, CheckpointError or PlanError, whichever names the first problem.
     """
-    from penjing.pipeline import sizes
+    from penjing.pipeline import shares, sizes
 
     chosen = load_recipe(recipe)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, weights=False)
@@ -108,6 +108,7 @@ def plan(
         decoding.require_cacheable(checkpoint.config, chosen.kv_cache, trust_remote_code=trust_remote_code)
     settled = sizes.settle(chosen, checkpoint.config, layout)
     made = make_plan(checkpoint, layout, settled.recipe)
+    shares.require_room(checkpoint, layout, settled.recipe)
     made = replace(made, warnings=(*settled.notes, *made.warnings))
     if engine is None:
         return made

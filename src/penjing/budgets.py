@@ -63,6 +63,7 @@ def allocate(
     from penjing.pipeline import allocation
     from penjing.pipeline.choices import read_choices
     from penjing.pipeline.prices import Budget
+    from penjing.pipeline.written_text import calibration_text
 
     chosen, wanted = load_recipe(recipe), read_choices(choices)
     size = None if budget is None else allocation.read_bytes(budget)
@@ -78,6 +79,9 @@ def allocate(
         by=by,
         search=Search(generations, offspring),
         progress=progress,
+        text=lambda: (
+            calibration_text(checkpoint, chosen.calibration, progress, trust_remote_code=trust_remote_code).tokens
+        ),
         trust_remote_code=trust_remote_code,
     )
     return _written(result, output)

@@ -18,8 +18,8 @@ WRITTEN_LENGTH, WRITTEN_TOGETHER = 256, 64
 
 
 def needs_text(recipe: Recipe) -> bool:
-    """Whether any step looks at activations."""
-    return any(
+    """Whether any step looks at activations, or what becomes of linears is chosen by what they do to text."""
+    return recipe.allocate is not None or any(
         step.definition.select
         or step.definition.remake
         or step.definition.learn
@@ -194,5 +194,7 @@ def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]
     widths = [module.shape[1] for module, steps in linears if steps]
     passes = sum(step.definition.passes(step.options, recipe.calibration.samples) for step in recipe.steps)
     passes += 3 if weighs_tokens(recipe) else 0
+    if recipe.allocate is not None:
+        passes += 2 * min(1.0, recipe.allocate.samples / recipe.calibration.samples)
     passes += 3 * recipe.calibration.written  # token by token, far from the rate of large matrices
     return tokens * ((2 + passes) * forward + sum(width * width for width in widths) / 2)

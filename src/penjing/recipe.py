@@ -59,6 +59,16 @@ class Calibration(_Section):
         return round(self.written * self.samples)
 
 
+class Allocate(_Section):
+    """What every linear becomes, chosen by measured losses within the bytes that the recipe takes as it stands."""
+
+    choices: str = Field("2,3,4,6,8", description="bits and other words, as for `penjing allocate --choices`")
+    by: Literal["output", "gradient", "kl"] = Field(
+        "gradient", description="estimate of losses: relative output error, expected from gradients, measured KL"
+    )
+    samples: int = Field(16, ge=1, description="how many of the calibration windows losses are measured on")
+
+
 class Evaluation(_Section):
     """The text on which the result is compared with the dense model. Must not be the calibration text."""
 
@@ -125,6 +135,7 @@ class Recipe(_Section):
     summary: str = ""
     steps: tuple[Step, ...] = Field(min_length=1)
     calibration: Calibration = Calibration()
+    allocate: Allocate | None = None
     evaluation: Evaluation = Evaluation()
     require: Requirements = Requirements()
     kv_cache: KVCache | None = Field(
@@ -164,9 +175,12 @@ class Recipe(_Section):
         return {**self.model_dump(mode="json", exclude={"steps"}), "steps": [step.as_dict() for step in self.steps]}
 
     def cautions(self, parameters: int) -> list[str]:
-        """What its methods say of themselves on a model of so many parameters; the same words once."""
+        """What it and its methods say of themselves on a model of so many parameters; the same words once."""
         said = {step.definition.caution(step.options, parameters): step.label for step in reversed(self.steps)}
-        return [f"{label}: {words}" for words, label in reversed(said.items()) if words]
+        told = [f"{label}: {words}" for words, label in reversed(said.items()) if words]
+        if self.allocate is not None:
+            told.append(f"allocate: each linear gets one of {self.allocate.choices} by measured losses; no byte more")
+        return told
 
     def digest(self) -> str:
         """Changes when anything that affects the written weights changes."""

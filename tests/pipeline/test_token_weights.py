@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import naive
 from penjing import costs
 from penjing.checkpoint import open_checkpoint
 from penjing.models import layout_of
@@ -46,9 +47,7 @@ def expected(directory: Path, clusters: list[list[str]], sizes: list[int]) -> di
         generator = torch.Generator().manual_seed(seed)
         for window in part:
             logits = model(window[None]).logits[0]
-            sums = logits.softmax(1).cumsum(1, dtype=torch.float64)
-            at = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
-            labels = (sums <= at).sum(1, keepdim=True)
+            labels = naive.drawn_from(logits.softmax(1), generator)
             chosen = logits.log_softmax(1).gather(1, labels).sum()
             found = dict(zip(outputs, torch.autograd.grad(chosen, list(outputs.values())), strict=True))
             for cluster in clusters:

@@ -335,6 +335,8 @@ class Method:
     """Training in units of forward passes over all calibration windows, given how many there are."""
     caution: Callable[[Any, int], str] = field(default=lambda options, parameters: "")
     """What whoever reads a plan should be told about a step, given its options and the parameters of the model."""
+    rough: Callable[[Any], Options] = field(default=lambda options: options)
+    """Options whose losses rank choices alike and that take less time, for measuring many choices."""
     row_wise: Callable[[Any], bool] = field(default=lambda options: True)
     """True when every row's result depends on that row alone, so that linears sharing an input go in one call."""
 

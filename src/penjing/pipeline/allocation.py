@@ -32,7 +32,6 @@ from penjing.pipeline.removals import losses_without
 from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.sensitivity import PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.stream import StreamedModel
-from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
 from penjing.recipe import Recipe
 
@@ -184,17 +183,20 @@ def allocate(
     by: Sensitivity,
     search: Search,
     progress: Callable[[str, int, int, str], None],
+    text: Callable[[], Tensor],
     trust_remote_code: bool = False,
 ) -> Allocation:
     """Measure, solve, refine if the search has generations, and write the recipe.
 
+    text  the token windows (S, T) to measure on, asked for once nothing is left to be refused
+
     Raises PlanError before anything is measured when no answer is possible.
     """
-    menu = Menu.open(checkpoint, layout, recipe, choices)
+    menu = Menu.open(checkpoint, layout, recipe.model_copy(update={"allocate": None}), choices)
     if menu.drops and by == "output":
         raise PlanError("`drop` is judged by the KL divergence of the model without a block; use `by` gradient or kl")
     price = prices(menu, budget)
-    tokens = calibration_text(checkpoint, recipe.calibration, progress, trust_remote_code=trust_remote_code).tokens
+    tokens = text()
     rewriting = menu.whole.rewriting
     source = checkpoint if rewriting is None else RewrittenCheckpoint(checkpoint, rewriting, "allocate")
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +217,35 @@ def allocate(
     final = menu.assemble(solved.chosen, list(solved.removed))
     if final is None:
         raise PlanError(f"every linear fits in {price.limit:,} {WORDS[price.measure]} as it is; there is nothing to do")
-    shares = tuple(
+    plan = make_plan(checkpoint, layout, final)
+    found = Allocation(
+        final,
+        plan,
+        price,
+        by,
+        menu.choices,
+        _shares(menu, price, solved),
+        menu.totals,
+        solved.refined,
+        dict(solved.removed),
+    )
+    summary = f"{found.bits:.3f} bits per weight, allocated by {by} loss"
+    return replace(found, recipe=final.model_copy(update={"summary": summary}))
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Losses by unit and choice, the choice of every unit, blocks that go with the loss without each."""
+
+    losses: Sequence[Sequence[float]]
+    chosen: Sequence[int]
+    removed: Mapping[int, float]
+    refined: tuple[float, float] | None = None
+
+
+def _shares(menu: Menu, price: Prices, solved: _Solved) -> tuple[Share, ...]:
+    """What every unit got."""
+    return tuple(
         Share(
             unit,
             sum(menu.layout.by_name[name].parameters for name in unit),
@@ -229,20 +259,6 @@ def allocate(
             menu.units, solved.chosen, menu.sizes, solved.losses, price.costs, strict=True
         )
     )
-    plan = make_plan(checkpoint, layout, final)
-    found = Allocation(final, plan, price, by, menu.choices, shares, menu.totals, solved.refined, dict(solved.removed))
-    summary = f"{found.bits:.3f} bits per weight, allocated by {by} loss"
-    return replace(found, recipe=final.model_copy(update={"summary": summary}))
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """Losses by unit and choice, the choice of every unit, blocks that go with the loss without each."""
-
-    losses: Sequence[Sequence[float]]
-    chosen: Sequence[int]
-    removed: Mapping[int, float]
-    refined: tuple[float, float] | None = None
 
 
 def _solve(

@@ -26,6 +26,7 @@ from penjing.models import Layout, check_tied_head, layout_of
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline import decoding, encoders, measure
 from penjing.pipeline.journal import FOLDER, Fingerprint, Journal, alone_in, require_usable
+from penjing.pipeline.shares import require_room, with_shares
 from penjing.pipeline.sizes import settle
 from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
@@ -40,6 +41,9 @@ from penjing.runtime.memory import CacheMemory
 
 _WRITTEN = "written.safetensors"
 """Calibration windows that the model wrote, in the output's working folder until the run ends."""
+
+_ALLOCATED = "allocated.yaml"
+"""Likewise the recipe in which every linear has its share."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def prepare(
     recipe = settled.recipe
     plan = make_plan(checkpoint, layout, recipe)
     plan = replace(plan, warnings=(*settled.notes, *plan.warnings))
+    require_room(checkpoint, layout, recipe)
     require_usable(directory)
     limits = recipe.require
     if not measured and (limits.max_kl or limits.max_perplexity_ratio):
@@ -133,7 +138,7 @@ def _run(job: Job, progress: Progress) -> Report:
     journal = Journal.open(job.directory, job.fingerprint())
     journal.save()
     with PeakMemory() as memory, stages.stage("compress"):
-        job = _with_written(job, progress)
+        job = _with_shares(_with_written(job, progress), progress)
         outcome = run_stages(job, journal, progress)
     with stages.stage("complete the directory"):
         companion = outcome.checkpoint if outcome.made else job.checkpoint
@@ -151,7 +156,8 @@ def _run(job: Job, progress: Progress) -> Report:
     write_bytes(job.directory / "report.html", html_page(report).encode())
     write_bytes(job.directory / "README.md", model_card(report).encode())
     clear_stages(job.directory)
-    (job.directory / FOLDER / _WRITTEN).unlink(missing_ok=True)
+    for name in (_WRITTEN, _ALLOCATED):
+        (job.directory / FOLDER / name).unlink(missing_ok=True)
     journal.close()
     for shard in set(outcome.walk.shards) - set(weights):
         (job.directory / shard).unlink()
@@ -168,6 +174,23 @@ def _with_written(job: Job, progress: Progress) -> Job:
         written = write_windows(source, wanted, job.dtype, progress, trust_remote_code=job.trust_remote_code)
         write_shard(path, {"tokens": written})
     return replace(job, calibration=source.joined(job.calibration, load_file(path)["tokens"]))
+
+
+def _with_shares(job: Job, progress: Progress) -> Job:
+    """The job with the recipe that its `allocate` comes to."""
+    if job.recipe.allocate is None or job.calibration is None:
+        return job
+    recipe = with_shares(
+        job.directory / FOLDER / _ALLOCATED,
+        job.checkpoint,
+        job.layout,
+        job.recipe,
+        job.plan.bytes,
+        job.calibration.tokens,
+        progress,
+        trust_remote_code=job.trust_remote_code,
+    )
+    return replace(job, recipe=recipe, plan=make_plan(job.checkpoint, job.layout, recipe))
 
 
 def _evaluate(job: Job, progress: Progress) -> tuple[Quality | None, CacheMemory | None]:

@@ -174,7 +174,7 @@ class SensitivityWalk:
         """Steps that change the weight of a module under a choice. Moving scales between modules is left out."""
         plan, row = self.question.plans[choice], self._rows[choice].get(name)
         steps = [] if plan is None or row is None else [plan.recipe.steps[number] for number in row.steps]
-        return [step for step in steps if step.definition.linear is not None]
+        return [_rough(step) for step in steps if step.definition.linear is not None]
 
     def _part(
         self,
@@ -266,6 +266,10 @@ class SensitivityWalk:
         for comparison, (part, _) in zip(measured, self._probes, strict=True):
             self._add(part.unit, extrapolated(comparison.result().kl or 0.0, part.probe, part.errors))
         self.progress("measure divergences", len(tokens), len(tokens), "")
+
+
+def _rough(step: Step) -> Step:
+    return step.model_copy(update={"options": step.definition.rough(step.options)})
 
 
 def run_step(step: Step, given: LinearInput) -> Representation:

@@ -270,3 +270,8 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
 def needs(options: GPTQOptions) -> tuple[StatisticType, ...]:
     """What a step looks at."""
     return Gram, *([CrossGram] if options.asymmetric else []), *([StreamGap] if options.stream else [])
+
+
+def rough(options: GPTQOptions) -> GPTQOptions:
+    """The sweep alone: its loss tells how many bits a linear needs, and what is made up for elsewhere does not."""
+    return options.model_copy(update={"asymmetric": False, "stream": False, "descent": 0})

@@ -40,6 +40,7 @@ TABLE: tuple[Method, ...] = (
         options=gptq.GPTQOptions,
         linear=gptq.linear,
         needs=gptq.needs,
+        rough=gptq.rough,
         row_wise=lambda options: options.row_wise,
     ),
     Method(
