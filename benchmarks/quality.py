@@ -4,7 +4,7 @@
         --peer-python PEER/bin/python --work build/quality --output benchmarks/results/quality.json
 
 Every entry is symmetric with groups of 64 and scales in 16 bits, HQQ has groups of 128 with zero points, which take as
-many; embedding and head stay as they are. Where a recipe of ours mixes bits, it does so in the same bytes. The peers live in environments of their own (`pip install torch==2.13.0
+many; embedding and head stay as they are. The peers live in environments of their own (`pip install torch==2.13.0
 llmcompressor==0.14.0 auto-round==0.15.1 hqq==0.2.8.post1`, and `gptqmodel==7.7.0`). Models are made first, one after
 the other, each with a note of what it cost beside it; then all of them are measured together, so that the dense model
 runs once for each text. What was made or measured before is not done again. `--only` names rows: some take an hour.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from penjing.errors import CheckpointError
 from penjing.models.reading import draw, drawn
 
 
@@ -35,3 +36,14 @@ def test_the_temperature_sharpens_and_a_seed_repeats() -> None:
         assert torch.equal(found, draw(logits, temperature))
         expected = torch.sigmoid(torch.tensor(1 / temperature)).item()
         assert found.double().mean().item() == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_nothing_is_drawn_from_nothing(value: float) -> None:
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        drawn(torch.tensor([[0.5, 0.5], [value, value]]))
+
+
+def test_the_last_number_below_one_still_is_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2**-53, dtype=torch.float64))
+    assert drawn(torch.ones(3, 7)).tolist() == [6, 6, 6]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from penjing.errors import CheckpointError
+
 
 class Reader:
     """One model and what it has read so far; rows may begin with padding.
@@ -92,11 +94,17 @@ def end_tokens(model: Any) -> list[int]:
 def drawn(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One index (B,) per row of `probabilities` (B, V), which need not sum to 1, each as often as it is probable.
 
-    Where a number drawn at random falls among the running sums; `torch.multinomial` draws one for every index.
+    Where a number drawn at random falls among the running sums; `torch.multinomial` draws one for every index. Raises
+    CheckpointError where nothing is probable, as when they come from logits that are NaN.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    if not (total > 0).all():
+        raise CheckpointError(
+            "the model's logits are NaN or infinite: its weights are damaged, or training went astray"
+        )
     at = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
-    return torch.searchsorted(sums, at * sums[:, -1:], right=True).squeeze(1)
+    return torch.searchsorted(sums, at * total, right=True).squeeze(1).clamp_(max=sums.shape[1] - 1)
 
 
 def draw(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from penjing.checkpoint.base import Checkpoint
 from penjing.costs import WRITTEN_LENGTH, WRITTEN_TOGETHER
+from penjing.memory import give_back
 from penjing.methods.distillation.self_written import self_written
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.text import Text, TextSource
@@ -61,6 +62,8 @@ def write_windows(
         told = partial(_told, progress, start, count, length, texts)
         parts.append(self_written(model, count, length, wanted.seed + start, bos=source.bos, told=told).tokens)
     progress("write text", texts, texts, "")
+    del model
+    give_back()
     return torch.cat(parts).view(wanted.own_windows, -1)[:, : wanted.length].clone()
 
 
