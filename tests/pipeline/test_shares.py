@@ -34,6 +34,7 @@ def test_the_result_is_that_of_the_recipe_found_and_takes_no_byte_more(
     report = compress(model, recipe(short, GPTQ, allocate=ALLOCATE), tmp_path / "own")
     assert report.predicted_bytes <= uniform.bytes
     assert len({row.bits for row in report.modules if row.bits}) > 1
+    assert report.methods == ["gptq"], "one step per choice is one method to people"
     assert not list((tmp_path / "own" / FOLDER).glob("allocated*"))
     written = yaml.safe_load((tmp_path / "own" / "recipe.yaml").read_text(encoding="utf-8"))
     assert written["allocate"] is None and report.recipe == load_recipe(written).as_dict()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class Report:
     @property
     def methods(self) -> list[str]:
         """The recipe's methods in order."""
-        return [step["method"] for step in self.recipe.get("steps", ())]
+        return method_names(self.recipe)
 
     @property
     def summary(self) -> str:
@@ -238,3 +239,8 @@ def _cpu() -> str:
         name = names[0] if names else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def method_names(recipe: Mapping[str, Any]) -> list[str]:
+    """Methods of a recipe in order; one that several steps in a row give to different linears is named once."""
+    return [name for name, _ in groupby(step["method"] for step in recipe.get("steps", ()))]

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from penjing.evaluation.report import Report
+from penjing.evaluation.report import Report, method_names
 from penjing.evaluation.size import readable_bytes, readable_seconds
 
 
@@ -30,7 +30,7 @@ def summary_table(report: Report | Mapping[str, Any]) -> Group:
     dense_bits = f"{8 * source['bytes'] / source['parameters']:.2f}"
     dense_perplexity = _number(quality.get("reference_perplexity"))
     table.add_row(f"{escape(source['label'])} (dense)", readable_bytes(source["bytes"]), dense_bits, dense_perplexity)
-    steps = " + ".join(step["method"] for step in data["recipe"].get("steps", ()))
+    steps = " + ".join(method_names(data["recipe"]))
     kl, top1 = quality.get("kl"), quality.get("top1")
     table.add_row(
         escape(steps),
