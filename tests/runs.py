@@ -55,6 +55,21 @@ def compress(
         return api.compress(model, wanted, output, **options)
 
 
+class Killed(BaseException):
+    """Stands in for the signal where a whole process would be too slow."""
+
+
+def stopped_before_the_walk(model: Path, wanted: dict[str, Any], output: Path) -> None:
+    """A run that is killed once its text and its recipe are ready."""
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(job, "run_stages", stop)
+        compress(model, wanted, output, evaluated=False)
+
+
 def penjing(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "penjing", *map(str, arguments)]

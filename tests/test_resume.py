@@ -19,7 +19,7 @@ from penjing import api
 from penjing.errors import OutputError, ResumeError
 from penjing.pipeline import walk
 from penjing.pipeline.journal import FOLDER, alone_in
-from runs import compress, recipe, shards, texts
+from runs import Killed, compress, recipe, shards, texts
 
 HYBRID = (
     {"method": "shortgpt", "drop": 1},
@@ -35,10 +35,6 @@ STREAM = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "s
 ROTATED = ({"method": "rotation"}, {"method": "gptq", "bits": 4, "group_size": 32})
 AWQ = ({"method": "awq", "bits": 4, "group_size": 32, "steps": 2},)
 LAYERS = 4
-
-
-class Killed(BaseException):
-    """Stands in for the signal where a whole process would be too slow."""
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import yaml
 from penjing import api
 from penjing.errors import PlanError, RecipeError
 from penjing.methods import METHODS
-from penjing.pipeline import job, shares
+from penjing.pipeline import shares
 from penjing.pipeline.journal import FOLDER
 from penjing.recipe import load_recipe
-from runs import compress, penjing, recipe, shards, texts
+from runs import compress, penjing, recipe, shards, stopped_before_the_walk, texts
 
 GPTQ = {"method": "gptq", "bits": 3, "group_size": 32}
 FULL = {**GPTQ, "asymmetric": True, "stream": True, "descent": 2}
@@ -59,16 +59,7 @@ def test_a_stopped_run_goes_on_with_the_same_shares(
 ) -> None:
     model, wanted = tiny_model("llama"), recipe(short, GPTQ, allocate=ALLOCATE)
     compress(model, wanted, tmp_path / "whole", evaluated=False)
-
-    class Stopped(BaseException):
-        pass
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(job, "run_stages", stop)
-        compress(model, wanted, tmp_path / "out", evaluated=False)
+    stopped_before_the_walk(model, wanted, tmp_path / "out")
     monkeypatch.setattr(shares, "allocate", lambda *_, **__: pytest.fail("measured twice"))
     compress(model, wanted, tmp_path / "out", evaluated=False)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")

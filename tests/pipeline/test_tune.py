@@ -14,14 +14,10 @@ from penjing import api
 from penjing.errors import PlanError
 from penjing.pipeline import journal, tune
 from penjing.pipeline.stream import StreamedModel
-from runs import compress, recipe, shards, texts
+from runs import Killed, compress, recipe, shards, texts
 
 GPTQ = {"method": "gptq", "bits": 2, "group_size": 16}
 TRAIN = {"method": "e2e-qp", "iterations": 12, "batch_size": 2, "learning_rate": 1e-2}
-
-
-class Killed(BaseException):
-    """Stands in for the signal."""
 
 
 @pytest.fixture

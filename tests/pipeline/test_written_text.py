@@ -18,7 +18,7 @@ from penjing.pipeline.journal import FOLDER
 from penjing.pipeline.text import TextSource
 from penjing.pipeline.written_text import calibration_text, write_windows
 from penjing.recipe import Calibration, load_recipe
-from runs import LENGTH, SAMPLES, compress, recipe, shards, texts
+from runs import LENGTH, SAMPLES, compress, recipe, shards, stopped_before_the_walk, texts
 
 GPTQ = {"method": "gptq", "bits": 3, "group_size": 32}
 
@@ -93,16 +93,7 @@ def test_what_was_written_is_read_again_after_a_stop(
     model, wanted = tiny_model("llama"), recipe(short, GPTQ)
     wanted["calibration"] |= {"written": 0.5}
     compress(model, wanted, tmp_path / "whole", evaluated=False)
-
-    class Stopped(BaseException):
-        pass
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(job, "run_stages", stop)
-        compress(model, wanted, tmp_path / "out", evaluated=False)
+    stopped_before_the_walk(model, wanted, tmp_path / "out")
     monkeypatch.setattr(job, "write_windows", lambda *_, **__: pytest.fail("written twice"))
     compress(model, wanted, tmp_path / "out", evaluated=False)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")

@@ -9,7 +9,6 @@ Source: Liu et al. 2023, "LLM-QAT" (arXiv:2305.17888), section 2.1, for how a te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,10 +20,9 @@ from penjing.memory import give_back
 from penjing.methods.distillation.self_written import self_written
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.text import Text, TextSource
+from penjing.pipeline.walk import Progress
 from penjing.recipe import Calibration
 from penjing.training.models import load_model
-
-Progress = Callable[[str, int, int, str], None]
 
 
 def calibration_text(
