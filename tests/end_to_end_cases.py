@@ -77,6 +77,9 @@ QUANTISED: dict[str, tuple[Step, ...]] = {
     "gptq tensor": (four("gptq", group_size="tensor"),),
     "gptq asymmetric calibration": (four("gptq", asymmetric=True, targets=["linear", "lm_head"]),),
     "gptq stream, descent": (four("gptq", asymmetric=True, stream=True, descent=2),),
+    "gptq two-sided": (four("gptq", bits=3, two_sided=True),),
+    "wanda, gptq two-sided": (step("wanda", sparsity=0.5), four("gptq", two_sided=True, symmetric=False)),
+    "smoothquant, gptq two-sided": (step("smoothquant", alpha=0.8), four("gptq", two_sided=True)),
     "wanda, gptq stream, descent": (
         step("wanda", pattern="2:4"),
         four("gptq", asymmetric=True, stream=True, descent=1, symmetric=False),
@@ -167,6 +170,7 @@ ONLY_NATIVE: dict[str, Case] = {
     "svd-llm": Case((step("svd-llm", ratio=0.7),), "native"),
     "svd-llm, bfloat16": Case((step("svd-llm", ratio=0.7),), "native", "qwen2", {"dtype": "bfloat16"}),
     "svd-llm, dense": Case((step("svd-llm", ratio=0.7),), "dense"),
+    "svd-llm, gptq two-sided": Case((step("svd-llm", ratio=0.7), four("gptq", two_sided=True)), "native"),
     "svd-llm, gptq": Case((step("svd-llm", ratio=0.7), four("gptq", group_size=16)), "native", "gpt2"),
     "svd, bcq": Case((step("svd", ratio=0.9), step("bcq", group_size="channel", objective="weights")), "native", "opt"),
     "svd-llm, experts, kmeans": Case((step("svd-llm", ratio=0.7), step("kmeans", weighted=False)), "native", "mixtral"),

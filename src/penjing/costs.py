@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from penjing import statistics
 from penjing.methods.training import TrainOptions
 from penjing.models.layout import Layout, ModuleSpec
+from penjing.numerics.output_feedback import output_bounds
 from penjing.recipe import Recipe, Step
 
 BATCH_TOKENS = 2048
@@ -47,9 +49,19 @@ def weighs_tokens(recipe: Recipe) -> bool:
     return recipe.calibration.token_weights == "gradient" and any(weighs(step) for step in recipe.steps)
 
 
+def looks_at_gradients(recipe: Recipe) -> bool:
+    """Whether there is a pass forward and back through the dense model before the walk."""
+    return weighs_tokens(recipe) or any(joins_outputs(step) for step in recipe.steps)
+
+
 def weighs(step: Step) -> bool:
     """Whether tokens may count differently in what a step looks at."""
     return any(statistics.weighs(kind) for kind in step.definition.needs(step.options))
+
+
+def joins_outputs(step: Step) -> bool:
+    """Whether a step looks at gradients that reach the outputs of linears."""
+    return step.definition.joins_outputs(step.options)
 
 
 def compares(step: Step) -> bool:
@@ -76,6 +88,8 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
         inside["Gram matrices"] = grams * 4 * sum(width * width for width in widths)
         if any(statistics.StreamGap in step.definition.needs(step.options) for step in recipe.steps):
             inside["what the residual stream lost, by inputs"] = 2 * 4 * layout.embedding.shape[1] * sum(widths)
+        if any(joins_outputs(step) for step in recipe.steps):
+            inside["Gram matrices of gradients, their factors"] = 2 * max(map(_of_gradients, blocks))
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
         inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
         if any(step.definition.learn for step in recipe.steps):
@@ -88,8 +102,8 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
     moments = [{"embedding or head": outside, **states}, {**inside, **states}]
     if needs_text(recipe) and recipe.calibration.own_windows:
         moments.append(_writing(recipe, layout))
-    if weighs_tokens(recipe):
-        moments.append(_weighing(recipe, layout, block, outside))
+    if looks_at_gradients(recipe):
+        moments.append(_gradients(recipe, layout, block, outside))
     if any(step.definition.tune for step in recipe.steps):
         moments.append(_training(recipe, layout, block, outside))
     return max(moments, key=lambda moment: sum(moment.values()))
@@ -106,8 +120,18 @@ def _writing(recipe: Recipe, layout: Layout) -> dict[str, int]:
     }
 
 
-def _weighing(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
+def bytes_of_gradients(outputs: int) -> int:
+    """What the Gram matrix, fp32, of gradients by the outputs of a linear takes, in blocks."""
+    return 4 * sum((stop - start) ** 2 for start, stop in pairwise(output_bounds(outputs)))
+
+
+def _of_gradients(modules: Sequence[ModuleSpec]) -> int:
+    return sum(bytes_of_gradients(module.shape[0]) for module in modules if module.kind == "linear")
+
+
+def _gradients(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
     """While gradients of the dense model's predictions are taken."""
+    joins = any(joins_outputs(step) for step in recipe.steps)
     length, linears = recipe.calibration.length, [module for module in layout.modules if module.kind == "linear"]
     of_window = 4 * length * layout.embedding.shape[1]
     windows = windows_at_once(recipe.calibration.samples, of_window, layout.blocks)
@@ -116,6 +140,9 @@ def _weighing(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[
         "inputs of all blocks, some windows at a time": of_window * windows * (layout.blocks + 2),
         "activations of a batch": 4 * max(BATCH_TOKENS, length) * 16 * max(module.shape[0] for module in linears),
         "logits of a window and their gradients": 4 * 4 * length * layout.embedding.shape[0],
+        "Gram matrices of gradients": max(map(_of_gradients, map(layout.of_block, range(layout.blocks))))
+        if joins
+        else 0,
         "weights of the tokens": 4 * recipe.calibration.samples * length * len(linears),
     }
 
@@ -193,7 +220,7 @@ def operations(recipe: Recipe, modules: Sequence[tuple[ModuleSpec, Sequence[int]
     forward = 2.0 * sum(module.parameters for module, _ in linears)
     widths = [module.shape[1] for module, steps in linears if steps]
     passes = sum(step.definition.passes(step.options, recipe.calibration.samples) for step in recipe.steps)
-    passes += 3 if weighs_tokens(recipe) else 0
+    passes += 3 if looks_at_gradients(recipe) else 0
     if recipe.allocate is not None:
         passes += 2 * min(1.0, recipe.allocate.samples / recipe.calibration.samples)
     passes += 3 * recipe.calibration.written  # token by token, far from the rate of large matrices

@@ -18,6 +18,7 @@ from penjing.statistics import CrossGram, Statistics
 ROWS, COLUMNS = 12, 48
 BITS = {"bits": 3, "group_size": 16}
 RATE = 1e-5
+THIN = torch.outer(torch.arange(1.0, ROWS + 1), torch.arange(1.0, ROWS + 1))
 FLEETING = {"iterations": 2, "batch_size": 1}
 
 LINEAR: list[tuple[str, dict[str, Any]]] = [
@@ -31,6 +32,7 @@ LINEAR: list[tuple[str, dict[str, Any]]] = [
     ("gptq", BITS | {"symmetric": False, "asymmetric": True, "scale_search": "diagonal"}),
     ("gptq", BITS | {"order": "group-activation", "static_groups": False, "scale_search": "gram"}),
     ("gptq", BITS | {"symmetric": False, "zero": "float", "scale_search": "gram"}),
+    ("gptq", BITS | {"two_sided": True, "scale_search": "diagonal"}),
     ("hqq", BITS | {"weighted": True}),
     ("awq", BITS),
     ("owq", BITS | {"columns": 2}),
@@ -120,7 +122,9 @@ def seen(method: str, options: Any, inputs: Tensor) -> Statistics:
 def test_linear(name: str, keys: dict[str, Any], kind: str, weights: str) -> None:
     weight, inputs = weights_of(weights), inputs_of(kind)
     options = METHODS[name].options.model_validate(keys).for_matrix((ROWS, COLUMNS), torch.float32)
-    given = LinearInput(weight, seen(name, options, inputs), storage_dtype=torch.float32, parts=(("linear", ROWS),))
+    given = LinearInput(
+        weight, seen(name, options, inputs), storage_dtype=torch.float32, parts=(("linear", ROWS),), output_grams=[THIN]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = METHODS[name].linear(given, options).dense()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from penjing.models.layout import InputGroup, Layout, ModuleSpec
-from penjing.pipeline.fold import fold, foldable
+from penjing.pipeline.fold import fold, foldable, rescale_gradients
 
 
 def layout(norm_offset: float = 0.0) -> Layout:
@@ -60,3 +60,19 @@ def test_grouped_query_values_cannot_carry_a_scale_per_query_channel():
 def test_a_norm_has_one_output_per_channel():
     modules = {"norm": ModuleSpec("norm", "norm", 0, {"weight": (8,)}), "q": linear("q", 16, 8)}
     assert foldable(InputGroup("norm", ("q",), "attention"), modules)
+
+
+def test_gradients_by_divided_outputs_grow():
+    outputs, scale = torch.randn(7, 4, dtype=torch.float64), torch.rand(4) + 0.5
+    target = torch.randn(4, 3, dtype=torch.float64)
+
+    def gradients(values: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        leaf = values.requires_grad_()
+        return torch.autograd.grad(torch.tanh((leaf * back) @ target).sum(), leaf)[0]
+
+    before, after = gradients(outputs, torch.ones(4)), gradients((outputs.detach() / scale), scale)
+    grams = [(before.T @ before)[:2, :2], (before.T @ before)[2:, 2:]]
+    rescale_gradients(grams, scale)
+    expected = after.T @ after
+    torch.testing.assert_close(grams, [expected[:2, :2], expected[2:, 2:]])
+    rescale_gradients((), scale)

@@ -148,6 +148,9 @@ class LinearInput:
     kept           bool (N, K) from an earlier pruning step, which the method must respect; None without one
     storage_dtype  the dtype in which dense values and scales are written
     parts          name and number of rows of each linear in `weight`, from top to bottom
+    output_grams   Gram matrix (N, N) of the gradients of the dense model's predictions that reach the outputs, of which
+                   blocks (n, n) fp32 along the diagonal are known, from top to bottom; none when no method on the
+                   linear wants it (`Method.joins_outputs`) or nothing is known
     """
 
     weight: Tensor
@@ -155,6 +158,7 @@ class LinearInput:
     kept: Tensor | None = None
     storage_dtype: torch.dtype = torch.bfloat16
     parts: tuple[tuple[str, int], ...] = ()
+    output_grams: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,8 @@ class Method:
     reads: Literal["decoder", "encoder"] = "decoder"
     """Which kind of model it works on: one that writes on, or one that reads whole texts and classifies them."""
     needs: Callable[[Any], tuple[StatisticType, ...]] = field(default=lambda options: ())
+    joins_outputs: Callable[[Any], bool] = field(default=lambda options: False)
+    """Whether `linear` looks at what errors of different outputs cost together."""
     passes: Callable[[Any, int], float] = field(default=lambda options, windows: 0.0)
     """Training in units of forward passes over all calibration windows, given how many there are."""
     caution: Callable[[Any, int], str] = field(default=lambda options, parameters: "")

@@ -21,7 +21,7 @@ from penjing.numerics.finite import all_finite
 from penjing.numerics.observers import static_scale
 from penjing.pipeline import factors
 from penjing.pipeline.block_tensors import BlockTensors, relative_error
-from penjing.pipeline.fold import fold, foldable
+from penjing.pipeline.fold import fold, foldable, rescale_gradients
 from penjing.pipeline.observe import CallRecorder, Observer
 from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.ranges import input_histograms
@@ -81,6 +81,7 @@ class BlockCompressor:
         self.notes: dict[str, list[str]] = {name: [] for name in self.rows}
         self.done: dict[str, Representation] = {}
         self.input_scales: dict[str, InputScale] = {}
+        self.output_grams: Mapping[str, Sequence[Tensor]] = {}  # see `LinearInput`
 
     def steps_of(self, name: str) -> list[Step]:
         """The recipe's steps that apply to a module."""
@@ -238,6 +239,7 @@ class BlockCompressor:
         given = BlockInput(module, groups, self.statistics, calls, self.plan.dtype)
         for group, scale in transform(given, step.options).items():
             fold(group, scale, self.tensors, self.plan.layout)
+            rescale_gradients(self.output_grams.get(group.source or "", ()), scale)
             rescaled: set[int] = set()
             for statistic in (statistic for linear in group.linears for statistic in self.statistics[linear].values()):
                 if id(statistic) not in rescaled:
@@ -283,7 +285,13 @@ class BlockCompressor:
             kept=kept,
             storage_dtype=self.plan.dtype,
             parts=tuple((name, len(weight)) for name, weight in zip(names, weights, strict=True)),
+            output_grams=self._output_grams(names),
         )
+
+    def _output_grams(self, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Of the stacked outputs of some linears; none unless it is known of all."""
+        known = [self.output_grams.get(name, ()) for name in names]
+        return tuple(gram for grams in known for gram in grams) if all(known) else ()
 
     def _current(self, name: str) -> Tensor:
         return self.done[name].dense().float() if name in self.done else self.tensors[f"{name}.weight"]

@@ -2,13 +2,17 @@
 
 Each factor is a matrix with inputs of its own: the right one sees the inputs x of the linear, the left one sees what
 the right one makes of them, `R x`, once R is what will be stored. With G the Gram matrix of x, that of `R x` is `R G
-R^T`, so a method that works with Gram matrices compresses both without another pass over the text.
+R^T`, so a method that works with Gram matrices compresses both without another pass over the text. Gradients g that
+reach the outputs of the linear reach those of the right factor as `L^T g`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from penjing.methods.base import LinearInput
 from penjing.representations import Coded, Dense, LowRank, Representation
@@ -25,9 +29,11 @@ def apply(
     """
     if not isinstance(before, LowRank):
         return method(given)
-    right = method(replace(given, weight=before.right.dense().float(), kept=None, parts=()))
+    both = replace(given, kept=None, parts=())
+    reaching = _before(before.left.dense().float(), given.output_grams)
+    right = method(replace(both, weight=before.right.dense().float(), output_grams=reaching))
     between = _after(right, given.statistics)
-    left = method(replace(given, weight=before.left.dense().float(), statistics=between, kept=None, parts=()))
+    left = method(replace(both, weight=before.left.dense().float(), statistics=between))
     return LowRank(_factor(left), _factor(right))
 
 
@@ -37,6 +43,14 @@ def _after(right: Representation, statistics: Statistics) -> Statistics:
         return {}
     seen, weight = statistics[Gram], right.dense().float()
     return {Gram: Gram.known(weight @ seen.value @ weight.T, seen.tokens)}
+
+
+def _before(left: Tensor, grams: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gram matrix of the gradients that reach the inputs of a factor (N, r) whose outputs they reach with these."""
+    parts = left.split([len(gram) for gram in grams]) if grams else ()
+    return (
+        [torch.stack([part.T @ gram @ part for part, gram in zip(parts, grams, strict=True)]).sum(0)] if grams else ()
+    )
 
 
 def _factor(result: Representation) -> Dense | Coded:

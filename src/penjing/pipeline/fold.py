@@ -7,7 +7,7 @@ The division goes into the module before: the weight and bias of a norm, or the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from torch import Tensor
 
@@ -35,3 +35,10 @@ def fold(group: InputGroup, scale: Tensor, tensors: BlockTensors, layout: Layout
         tensors[bias] = tensors[bias] / scale
     for linear in group.linears:
         tensors[f"{linear}.weight"] = tensors[f"{linear}.weight"] * scale
+
+
+def rescale_gradients(grams: Sequence[Tensor], scale: Tensor) -> None:
+    """The outputs of a source were divided by `scale` (N,), so gradients by them are that much larger: correct blocks
+    (n, n) along the diagonal of their Gram matrix, in place."""
+    for gram, own in zip(grams, scale.split([len(gram) for gram in grams]) if grams else (), strict=True):
+        gram.mul_(own.unsqueeze(1) * own)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor, nn
 
 from penjing.models import find
 from penjing.models.reading import drawn
+from penjing.numerics.output_feedback import output_bounds
 from penjing.pipeline.stream import StreamedModel, batches, head_slices
 from penjing.statistics import Gram
 
 SEED = 0
 """Of the labels that are drawn."""
+
+LARGEST = 20.0
+"""Squared gradient at which that of a token is cut, over their mean: it comes from one label drawn per token, and
+single ones are chance."""
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -31,11 +36,13 @@ class SquaredGradients:
     outputs  fp64 (N,): each output's share of their sum
     tokens   fp32 (t,): their sum over outputs for every token that went through the linear, in order
     leader   the linear called just before with the very same inputs, by its name inside the block, or this one's
+    grams    Gram matrices of the gradients, blocks along the diagonal (see `output_bounds`); none unless asked for
     """
 
     outputs: Tensor
     tokens: Tensor
     leader: str
+    grams: tuple[Gram, ...] = ()
 
 
 def block_inputs(
@@ -62,10 +69,29 @@ def squared_gradients(
     dtype: torch.dtype = torch.float32,
     seed: int = SEED,
 ) -> dict[str, SquaredGradients]:
-    """Squared gradients of log p(y | context) by the outputs of linears, on token windows (S, T).
+    """What `by_block` gives, of all blocks, by full names."""
+    return {
+        f"{stream.layout.block_name(index)}.{name}": squares
+        for index, found in by_block(stream, tokens, linears, progress, dtype=dtype, seed=seed)
+        for name, squares in found.items()
+    }
 
-    linears  block -> names inside it; the result has full names
-    dtype    of the arithmetic inside the blocks
+
+def by_block(
+    stream: StreamedModel,
+    tokens: Tensor,
+    linears: Mapping[int, Sequence[str]],
+    progress: Progress,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = SEED,
+    together: Container[str] = (),
+) -> Iterator[tuple[int, dict[str, SquaredGradients]]]:
+    """Squared gradients of log p(y | context) by the outputs of linears, on token windows (S, T): blocks, last first.
+
+    linears   block -> names inside it
+    dtype     of the arithmetic inside the blocks
+    together  linears, by full name, whose gradients' Gram matrices are wanted as well
 
     Labels y are drawn from the model's predictions, so that what is expected is Fisher information. The inputs of all
     blocks are in memory at once, blocks one at a time.
@@ -73,19 +99,23 @@ def squared_gradients(
     blocks = stream.layout.blocks
     inputs, states = block_inputs(stream, tokens, progress, dtype)
     gradient = _by_last_states(stream, states, seed)
-    found: dict[str, SquaredGradients] = {}
     for index in reversed(range(blocks)):
         prefix = f"{stream.layout.block_name(index)}."
         progress("gradients", 2 * blocks - 1 - index, 2 * blocks, stream.layout.block_name(index))
-        with stream.block(index, dtype) as block, _Squares(block, linears.get(index, ())) as squares:
+        names = linears.get(index, ())
+        rows = {name: stream.layout.by_name[prefix + name].shape[0] for name in names}
+        grams = {name: _grams(rows[name]) for name in names if prefix + name in together}
+        with stream.block(index, dtype) as block, _Squares(block, rows, grams) as squares:
             for batch, flowing in zip(batches(inputs.pop()), batches(gradient), strict=True):
                 leaf = batch.detach().requires_grad_()
                 output = stream.run_with(block, index, leaf, {})
                 flowing.copy_(torch.autograd.grad(output, leaf, flowing.clone())[0])
-        for name in linears.get(index, ()):
-            found[prefix + name] = squares.of(name, stream.layout.by_name[prefix + name].shape[0])
+        yield index, {name: squares.of(name) for name in names}
     progress("gradients", 2 * blocks, 2 * blocks, "")
-    return found
+
+
+def _grams(outputs: int) -> tuple[Gram, ...]:
+    return tuple(Gram(stop - start) for start, stop in pairwise(output_bounds(outputs)))
 
 
 def weighted_grams(
@@ -128,14 +158,25 @@ def _by_last_states(stream: StreamedModel, states: Tensor, seed: int) -> Tensor:
     return gradient
 
 
-class _Squares:
-    """Squares of the gradients that reach the outputs of linears, summed while backward passes run inside."""
+def _cut(squares: Tensor) -> Tensor:
+    """What makes `squares` (t,) at most `LARGEST` times their mean when they are multiplied by it (t,)."""
+    limit = LARGEST * squares.mean()
+    return torch.where(squares > limit, limit / squares, 1)
 
-    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
-        self._linears = {name: find(block, name) for name in names}
-        self._outputs: dict[str, Tensor] = {}
-        self._tokens: dict[str, list[Tensor]] = {}
-        self._leaders: dict[str, str] = {}
+
+class _Squares:
+    """Squares of the gradients that reach the outputs of linears, summed while backward passes run inside.
+
+    rows   name inside the block -> number of outputs N
+    grams  to be fed, of some of them
+    """
+
+    def __init__(self, block: nn.Module, rows: Mapping[str, int], grams: Mapping[str, tuple[Gram, ...]]) -> None:
+        self._rows, self._grams = rows, grams
+        self._linears = {name: find(block, name) for name in rows}
+        self._outputs = {name: torch.zeros(count, dtype=torch.float64) for name, count in rows.items()}
+        self._tokens: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in rows}
+        self._leaders = {name: name for name in rows}
         self._last: tuple[str, Tensor] | None = None
 
     def __enter__(self) -> _Squares:
@@ -156,14 +197,20 @@ class _Squares:
         output.register_hook(partial(self._add, name))
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
-        outputs = squares.sum(0).double()
-        self._outputs[name] = self._outputs[name] + outputs if name in self._outputs else outputs
-        self._tokens.setdefault(name, []).append(squares.sum(1))
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        squares = gradient.float().square()
+        self._outputs[name] += squares.sum(0).double()
+        of_token = squares.sum(1)
+        self._tokens[name].append(of_token)
+        if name in self._grams:
+            cut = gradient * _cut(of_token).sqrt().unsqueeze(1).to(gradient.dtype)
+            bounds = pairwise(output_bounds(self._rows[name]))
+            for gram, (start, stop) in zip(self._grams[name], bounds, strict=True):
+                gram.update(cut[:, start:stop])
 
-    def of(self, name: str, rows: int) -> SquaredGradients:
-        """What reached a linear with that many outputs; nothing if no token did."""
-        outputs = self._outputs.get(name, torch.zeros(rows, dtype=torch.float64))
-        tokens = torch.cat(self._tokens.get(name, [torch.zeros(0)]))
+    def of(self, name: str) -> SquaredGradients:
+        """What reached a linear; nothing if no token did."""
+        outputs, tokens = self._outputs[name], torch.cat(self._tokens[name])
         tiny = torch.finfo(torch.float64).tiny
-        return SquaredGradients(outputs / outputs.sum().clamp(min=tiny), tokens, self._leaders.get(name, name))
+        shares = outputs / outputs.sum().clamp(min=tiny)
+        return SquaredGradients(shares, tokens, self._leaders[name], self._grams.get(name, ()))

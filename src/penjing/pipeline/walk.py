@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
-from penjing.costs import needs_original, weighs, weighs_tokens
+from penjing.costs import joins_outputs, needs_original, weighs, weighs_tokens
 from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
@@ -28,10 +28,10 @@ from penjing.models.layout import InputGroup, Layout, ModuleSpec, Residual
 from penjing.numerics.finite import all_finite
 from penjing.pipeline.block import BlockCompressor, Lesson, ModuleResult
 from penjing.pipeline.cache import BlockCache
+from penjing.pipeline.curvature import Curvature, bytes_of_grams, curvature
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
-from penjing.pipeline.token_weights import token_weights
 from penjing.pipeline.weights import LiveModule, Weights, borrowing_module, decode_module, modules_outside_blocks
 from penjing.planning import Plan, PlanRow
 from penjing.rules import describe
@@ -94,7 +94,7 @@ class Walk:
         self._cache = BlockCache(checkpoint)
         self._stream = StreamedModel(checkpoint.config, plan.layout, self._source, trust_remote_code=trust_remote_code)
         self._written: dict[str, Path] = {}
-        self._token_weights: dict[str, Tensor] | None = None  # None: all tokens count alike
+        self._curvature = Curvature()
         self._original: Tensor | None = None  # hidden states of the dense model, when something looks at them
         self._total = plan.layout.blocks + 2
 
@@ -109,14 +109,15 @@ class Walk:
         states = self._calibration_states()
         if states is not None and needs_original(self.plan.recipe):
             self._original = states.clone()
-        if self.tokens is not None and weighs_tokens(self.plan.recipe) and not self._blocks_done():
-            self._token_weights = self._weigh_tokens(self.tokens)
+        if self.tokens is not None and not self._blocks_done():
+            self._curvature = self._look_at_gradients(self.tokens)
         block_errors = []
         for index in range(self.layout.blocks):
             self.progress("compress", index, self.layout.blocks, self.layout.block_name(index))
             block_errors.append(self._block(index, states, probe))
         self.progress("compress", self.layout.blocks, self.layout.blocks, "")
         self._shard(self._total, after, partial(self._outside, states=states))
+        shutil.rmtree(self._gradients, ignore_errors=True)
         with self._stream.head(torch.float32) as logits:
             probe_logits = logits(probe)
         notes = {path.name: self.journal.shards[path.name]["notes"] for path in self._written.values()}
@@ -134,16 +135,28 @@ class Walk:
         names = (self._path(index + 2).name for index in range(self.layout.blocks))
         return all(self.journal.finished(name) is not None for name in names)
 
-    def _weigh_tokens(self, tokens: Tensor) -> dict[str, Tensor]:
-        """For every linear in whose statistics tokens may count differently; from the dense model in any case."""
-        steps = self.plan.recipe.steps
-        chosen = [row.module.name for row in self.plan.rows if any(weighs(steps[number]) for number in row.steps)]
-        linears = self.layout.inside_blocks(chosen)
+    def _look_at_gradients(self, tokens: Tensor) -> Curvature:
+        """What the recipe's steps want of them; from the dense model in any case."""
+        recipe, rows = self.plan.recipe, self.plan.rows
+        weighed = weighs_tokens(recipe)
+        together = [row.module.name for row in rows if any(joins_outputs(recipe.steps[step]) for step in row.steps)]
+        chosen = [row.module.name for row in rows if any(weighs(recipe.steps[step]) for step in row.steps)]
+        linears = self.layout.inside_blocks(chosen if weighed else together)
+        if not linears:
+            return Curvature()
+        shutil.rmtree(self._gradients, ignore_errors=True)
+        _require_space(self.directory, self.plan.bytes + bytes_of_grams(self.layout, together))
         trust = self._trust_remote_code
         dense = StreamedModel(
             self.checkpoint.config, self.layout, Weights(self.checkpoint, self.layout).live, trust_remote_code=trust
         )
-        return token_weights(dense, tokens, linears, self.dtype, self.progress)
+        found = curvature(dense, tokens, linears, self.dtype, self.progress, folder=self._gradients, together=together)
+        return found if weighed else replace(found, token_weights=None)
+
+    @property
+    def _gradients(self) -> Path:
+        """Where Gram matrices of gradients lie until the blocks are done."""
+        return self.directory / FOLDER / "gradients"
 
     def _calibration_states(self) -> Tensor | None:
         """Hidden states of the calibration windows: in memory, or in a file that lives as long as its mapping."""
@@ -209,7 +222,9 @@ class Walk:
             dense = None
             if self._original is not None and compressor.compares():
                 dense = [partial(self._stream.advance, block, index, batch) for batch in batches(self._original)]
-            calls = compressor.observe(block, forwards if compressor.needs() else [], dense, self._token_weights)
+            compressor.output_grams = self._curvature.output_grams(index)
+            weights = self._curvature.token_weights
+            calls = compressor.observe(block, forwards if compressor.needs() else [], dense, weights)
             lesson = None
             if self._original is not None:
                 if dense is None:

@@ -31,15 +31,20 @@ Differences from the authors' code, on purpose: a scale fitted during the sweep 
 sweep reaches the group (theirs misses the updates of the block in progress); scales are rounded to their storage type
 before codes are computed.
 
+With `two_sided`, a column is not rounded weight by weight: errors of different outputs make up for each other as well,
+by what gradients of the model's predictions say of the outputs (see `penjing.numerics.output_feedback`).
+
 With `descent`, every weight is looked at again once all are fixed, and every scale, in rounds (see
 `penjing.numerics.descent`).
 
 Sources: Frantar, Ashkboos, Hoefler, Alistarh 2023, "GPTQ" (arXiv:2210.17323), algorithm 1. Li et al. 2025, "GPTAQ"
-(arXiv:2504.02692), asymmetric calibration.
+(arXiv:2504.02692), asymmetric calibration. Tseng, Sun, De Sa 2025, "Model-Preserving Adaptive Rounding"
+(arXiv:2505.22988), feedback from both sides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, Self
@@ -56,6 +61,7 @@ from penjing.numerics.cholesky import STRONGEST_DAMPING, damped, dead_columns, i
 from penjing.numerics.descent import best_scales, descend
 from penjing.numerics.float_grids import ScaledGrid
 from penjing.numerics.grids import IntegerGrid
+from penjing.numerics.output_feedback import OutputFeedback
 from penjing.numerics.scale_search import ScaleSearch, fit_group, free_scales, metric_of_sweep, part_of
 from penjing.numerics.sweep import block_bounds, sweep
 from penjing.representations import Masked, Quantized, Scheme
@@ -86,6 +92,12 @@ class GPTQOptions(SearchedGridOptions):
     stream: bool = Field(
         False,
         description="with `asymmetric`: linears that write to the residual stream make up for what it lost before them",
+    )
+
+    two_sided: bool = Field(
+        False,
+        description="errors of different outputs make up for each other, too, as gradients of the model's predictions "
+        "say (YAQA), from one more pass forward and back through the dense model; grids of integers only",
     )
 
     descent: int = Field(
@@ -125,6 +137,7 @@ def gptq(
     cross: Tensor | None = None,
     gap: Tensor | None = None,
     descent: int = 0,
+    output_grams: Sequence[Tensor] = (),
 ) -> Quantized | Masked:
     """Quantise `weight` (N, K) given `gram` (K, K), the sum of outer products of its inputs.
 
@@ -132,9 +145,12 @@ def gptq(
     (2, N, K), that of `StreamGap`, its residual stream. For `scale_search` see `metric_of_sweep`. `descent` rounds need
     `static_groups`.
 
+    With `output_grams`, blocks along the diagonal of the Gram matrix (N, N) of gradients by the outputs, and a grid of
+    integers, errors of different outputs make up for each other as well.
+
     Weights outside `kept` (bool (N, K)) become exactly zero and their error is compensated like any other. Inputs
     that were never active count as zero weights. With order `activation` and groups fitted during the sweep, the result
-    has a `group_index`. Warns with `DampingWarning` when the Gram matrix needs more damping than asked for.
+    has a `group_index`. Warns with `DampingWarning` when a Gram matrix needs more damping than asked for.
     """
     columns = weight.shape[1]
     width = grid.columns_per_group(columns)
@@ -148,7 +164,8 @@ def gptq(
     scattered = late and order == "activation"
     group_of = (torch.arange(columns) if scattered else visited) // width
     fit = fitted(weight if kept is None else weight * kept, grid, None if late else metric)
-    work = _Columns(weight, grid, fit, visited, group_of, kept)
+    outputs = OutputFeedback(output_grams, grid) if output_grams and isinstance(grid, IntegerGrid) else None
+    work = _Columns(weight, grid, fit, visited, group_of, kept, outputs)
     if late:
         work.fit_late(metric)
     sweep(work.current, factor, block_bounds(columns, block_size, work.ends), work.round)
@@ -165,11 +182,19 @@ class _Columns:
     """
 
     def __init__(
-        self, weight: Tensor, grid: ScaledGrid, fit: Fit, visited: Tensor, group_of: Tensor, kept: Tensor | None
+        self,
+        weight: Tensor,
+        grid: ScaledGrid,
+        fit: Fit,
+        visited: Tensor,
+        group_of: Tensor,
+        kept: Tensor | None,
+        outputs: OutputFeedback | None,
     ) -> None:
         self.current = weight[:, visited].T.contiguous()
         self.ends: dict[int, int] = {}
         self._grid, self._fit, self._kept, self._visited, self._group_of = grid, fit, kept, visited, group_of
+        self._outputs = outputs
         self._mask = None if kept is None else kept[:, visited].T.contiguous()
         self._scale, self._zero = fit.scale.T.contiguous(), fit.zero.T.contiguous()
         self._codes = torch.empty(self.current.shape, dtype=grid.code_dtype)  # in the order of the matrix
@@ -188,12 +213,17 @@ class _Columns:
             visible = self.current[members] if self._mask is None else self.current[members] * self._mask[members]
             metric = part_of(self._metric, self._visited[members])
             self._scale[group], self._zero[group] = fit_group(visible.T, self._grid, metric)
-        if self._mask is not None:
-            column = column * self._mask[position]
-        code = self._grid.encode(column, self._scale[group], self._zero[group])
+        code = self._encode(position, column, self._scale[group], self._zero[group])
         self._codes[self._places[position]] = code
         values = self._grid.decode(code, self._scale[group], self._zero[group])
         return values if self._mask is None else values * self._mask[position]
+
+    def _encode(self, position: int, column: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Codes (N,) of a column."""
+        kept = None if self._mask is None else self._mask[position]
+        if self._outputs is not None:
+            return self._outputs.encode(column, scale if kept is None else scale * kept, zero)
+        return self._grid.encode(column if kept is None else column * kept, scale, zero)
 
     def descend(self, weight: Tensor, hessian: Tensor, bounds: list[int], rounds: int) -> None:
         """Improve what a sweep left: scales, and in every round codes and scales; `hessian` (K, K) is damped."""
@@ -264,6 +294,7 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         cross=given.statistics[CrossGram].value if options.asymmetric else None,
         gap=gap.value if gap is not None and gap.value.numel() else None,
         descent=options.descent,
+        output_grams=given.output_grams if options.two_sided else (),
     )
 
 
@@ -274,4 +305,4 @@ def needs(options: GPTQOptions) -> tuple[StatisticType, ...]:
 
 def rough(options: GPTQOptions) -> GPTQOptions:
     """The sweep alone: its loss tells how many bits a linear needs, and what is made up for elsewhere does not."""
-    return options.model_copy(update={"asymmetric": False, "stream": False, "descent": 0})
+    return options.model_copy(update={"asymmetric": False, "stream": False, "two_sided": False, "descent": 0})

@@ -41,6 +41,7 @@ TABLE: tuple[Method, ...] = (
         linear=gptq.linear,
         needs=gptq.needs,
         rough=gptq.rough,
+        joins_outputs=lambda options: options.two_sided,
         row_wise=lambda options: options.row_wise,
     ),
     Method(
