@@ -41,6 +41,7 @@ ORDER = [
     "numerics",
     "compiled",
     "memory",
+    "progress",
     "errors",
 ]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from penjing.pipeline.export import Exported
     from penjing.pipeline.measure import Candidate
     from penjing.pipeline.verification import Verification
-    from penjing.pipeline.walk import Progress
+    from penjing.progress import Progress
 
 # What walks a model is imported by the functions that walk one: a plan should take no longer than it must.
 

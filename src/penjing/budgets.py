@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from penjing.pipeline.ranks import RankLoss, Ranks
     from penjing.pipeline.sensitivity import Sensitivity
     from penjing.pipeline.sparsities import Sparsities, SparsityRule
-    from penjing.pipeline.walk import Progress
+    from penjing.progress import Progress
 
 Model = str | Path
 """`demo`, a model directory, a .gguf file, or a hub id."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +19,7 @@ from penjing.engines.process import EngineProcess, default_threads
 from penjing.engines.table import engine_for, engine_named, model_path
 from penjing.errors import EngineError, PenjingError
 from penjing.evaluation.size import weight_bytes
-
-Progress = Callable[[str, int, int, str], None]
+from penjing.progress import Progress
 
 
 @dataclass(frozen=True)

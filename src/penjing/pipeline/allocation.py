@@ -33,6 +33,7 @@ from penjing.pipeline.rewritten import RewrittenCheckpoint
 from penjing.pipeline.sensitivity import PROBE_WINDOWS, Question, Sensitivity, SensitivityWalk
 from penjing.pipeline.stream import StreamedModel
 from penjing.planning import Plan, make_plan
+from penjing.progress import Progress
 from penjing.recipe import Recipe
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -182,7 +183,7 @@ def allocate(
     choices: Sequence[Choice],
     by: Sensitivity,
     search: Search,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
     text: Callable[[], Tensor],
     trust_remote_code: bool = False,
 ) -> Allocation:
@@ -267,7 +268,7 @@ def _solve(
     losses: Sequence[Sequence[float]],
     stream: StreamedModel,
     tokens: Tensor,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> _Solved:
     """The exact solution; the losses of removals are measured first where blocks may go."""
     if not menu.drops:
@@ -288,7 +289,7 @@ def _refine(
     database: Database,
     tokens: Tensor,
     search: Search,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> _Solved:
     """By trial, among the blocks that stay."""
     stages = [tokens[:count, :PROBE_LENGTH] for count in SEARCH_WINDOWS]

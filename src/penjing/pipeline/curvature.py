@@ -34,8 +34,9 @@ from torch import Tensor
 from penjing.checkpoint import write_shard
 from penjing.costs import bytes_of_gradients, windows_at_once
 from penjing.models import Layout
-from penjing.pipeline.gradients import LARGEST, Progress, SquaredGradients, by_block
+from penjing.pipeline.gradients import LARGEST, SquaredGradients, by_block
 from penjing.pipeline.stream import StreamedModel
+from penjing.progress import Progress
 
 LEAST = 0.1
 

@@ -36,7 +36,7 @@ from penjing.training.texts import Example, batch_of, read_texts
 
 if TYPE_CHECKING:
     from penjing.pipeline.job import Job
-    from penjing.pipeline.walk import Progress
+    from penjing.progress import Progress
 
 BATCH = 32
 PROBE = (8, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from penjing.models import layout_of
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import TextSource, positions
 from penjing.pipeline.weights import Weights
+from penjing.progress import Progress
 
 WINDOWS, LENGTH = 2, 128
 """Of the built-in text; windows are shorter where the model has fewer positions."""
@@ -32,8 +32,6 @@ _OWN_ROUNDING = 0.02
 
 _MARGIN = 0.5
 """How far below the likeliest a token's logit may be that an engine without logits chose as the likeliest."""
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,13 @@ from penjing.pipeline.text import positions
 from penjing.pipeline.verification import TOLERANCE, fits_in_memory, save_probe, verify
 from penjing.pipeline.walk import PROBE_TOKENS
 from penjing.pipeline.weights import ShardReader, Weights, modules_outside_blocks
+from penjing.progress import Progress
 from penjing.recipe import did_you_mean
 from penjing.representations import Scheme
 from penjing.rules import describe
 
 _NOT_WRITTEN = ("quantization_config", "torch_dtype", "_name_or_path")
 """Keys of the source's config.json that do not hold for the result."""
-
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -14,6 +14,7 @@ from penjing.models import find
 from penjing.models.reading import drawn
 from penjing.numerics.output_feedback import output_bounds
 from penjing.pipeline.stream import StreamedModel, batches, head_slices
+from penjing.progress import Progress
 from penjing.statistics import Gram
 
 SEED = 0
@@ -22,8 +23,6 @@ SEED = 0
 LARGEST = 20.0
 """Squared gradient at which that of a token is cut, over their mean: it comes from one label drawn per token, and
 single ones are chance."""
-
-Progress = Callable[[str, int, int, str], None]
 
 GRADIENT_WINDOWS, PROBE_LENGTH = 16, 256
 """Text that gradients are taken on, the start of the first calibration windows: some three forward passes over it."""

@@ -32,10 +32,10 @@ from penjing.pipeline.stages import Outcome, clear_stages, complete, run_stages
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.text import Text, TextSource
 from penjing.pipeline.verification import Verification, fits_in_memory, verify
-from penjing.pipeline.walk import Progress
 from penjing.pipeline.weights import Weights
 from penjing.pipeline.written_text import write_windows
 from penjing.planning import Plan, make_plan
+from penjing.progress import Progress
 from penjing.recipe import Recipe
 from penjing.runtime.memory import CacheMemory
 

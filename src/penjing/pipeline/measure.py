@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penjing.evaluation.metrics import Comparison
 from penjing.pipeline.stream import StreamedModel
+from penjing.progress import Progress
 
 CHUNK = 256
 """Tokens whose logits exist at one time: 256 of a vocabulary of 128k in fp32 are 131 MB per model."""
@@ -29,7 +30,7 @@ def run(stream: StreamedModel, tokens: Tensor, on_block: Callable[[int], None] |
     return Candidate(stream, stream.forward(tokens, torch.float32, on_block))
 
 
-def report_block(progress: Callable[[str, int, int, str], None], stage: str, blocks: int, index: int) -> None:
+def report_block(progress: Progress, stage: str, blocks: int, index: int) -> None:
     """Tell a progress callback that block `index` is done."""
     progress(stage, index + 1, blocks, "")
 

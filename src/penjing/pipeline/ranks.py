@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,11 +31,10 @@ from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.weights import Weights
 from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
+from penjing.progress import Progress
 from penjing.recipe import Recipe, Step, load_recipe
 from penjing.statistics import Gram, unseen
 from penjing.targets import selected
-
-Progress = Callable[[str, int, int, str], None]
 
 RankLoss = Literal["gradient", "output"]
 """What a rank loses: nats per token expected from gradients, or the share of the squared output left out."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from penjing.evaluation.metrics import Comparison
 from penjing.pipeline.stream import StreamedModel
+from penjing.progress import Progress
 
 
-def losses_without(
-    stream: StreamedModel, tokens: Tensor, progress: Callable[[str, int, int, str], None]
-) -> list[float]:
+def losses_without(stream: StreamedModel, tokens: Tensor, progress: Progress) -> list[float]:
     """KL(dense || without block l) in nats per token, for every l: windows (S, T) of tokens.
 
     One walk. A model without a block is the dense one up to it, so it costs what comes after: some L / 2 forward passes

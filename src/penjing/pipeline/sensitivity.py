@@ -33,6 +33,7 @@ from penjing.pipeline.parallel import side_by_side
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.weights import Weights
 from penjing.planning import Plan
+from penjing.progress import Progress
 from penjing.recipe import Step
 from penjing.representations import Masked, Representation
 from penjing.statistics import Gram, Statistics, StatisticType, compares, unseen
@@ -90,7 +91,7 @@ class SensitivityWalk:
         tokens: Tensor,
         *,
         dtype: torch.dtype,
-        progress: Callable[[str, int, int, str], None],
+        progress: Progress,
         store: Callable[[str, int, Tensor], None] | None = None,
         trust_remote_code: bool = False,
     ) -> None:

@@ -15,7 +15,7 @@ from penjing.pipeline.allocation import allocate
 from penjing.pipeline.choices import read_choices
 from penjing.pipeline.menu import Menu
 from penjing.pipeline.prices import Budget, prices
-from penjing.pipeline.walk import Progress
+from penjing.progress import Progress
 from penjing.recipe import Recipe, load_recipe
 
 

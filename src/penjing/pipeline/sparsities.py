@@ -6,7 +6,7 @@ The mean is that of the recipe. What comes out names its targets, so that it can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.weights import Weights
 from penjing.pipeline.written_text import calibration_text
 from penjing.planning import Plan, make_plan
+from penjing.progress import Progress
 from penjing.recipe import Recipe, load_recipe
 from penjing.statistics import ColumnNorm
 from penjing.targets import selected
@@ -77,7 +78,7 @@ class Look:
     checkpoint: Checkpoint
     layout: Layout
     recipe: Recipe
-    progress: Callable[[str, int, int, str], None]
+    progress: Progress
     trust_remote_code: bool = False
 
     def magnitudes(self, names: Sequence[str], sparsity: float) -> dict[str, float]:

@@ -44,10 +44,11 @@ from penjing.pipeline.tune import FinishedModel, tune
 from penjing.pipeline.tying import tie_blocks
 from penjing.pipeline.verification import save_probe
 from penjing.pipeline.vocabulary_cut import trim_vocabulary
-from penjing.pipeline.walk import PROBE_TOKENS, Progress, Walk, WalkResult, score_blocks
+from penjing.pipeline.walk import PROBE_TOKENS, Walk, WalkResult, score_blocks
 from penjing.pipeline.weight_pruning import prune_weights
 from penjing.pipeline.weights import ShardReader, Weights
 from penjing.planning import Plan, plan_walk
+from penjing.progress import Progress
 from penjing.recipe import Recipe, Step
 from penjing.representations import Scheme
 

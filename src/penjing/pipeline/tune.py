@@ -27,9 +27,9 @@ from penjing.models import find
 from penjing.models.layout import ModuleSpec
 from penjing.pipeline.journal import Journal
 from penjing.pipeline.stream import StreamedModel, head_slices
-from penjing.pipeline.walk import Progress
 from penjing.pipeline.weights import LiveModule, decode_module
 from penjing.planning import Plan
+from penjing.progress import Progress
 from penjing.representations import Representation
 
 Given = Callable[[str], Tensor | None]

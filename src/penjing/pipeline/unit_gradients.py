@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from penjing.models.couplings import Coupling
 from penjing.pipeline.block_cut import BlockWeights
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weight_gradients import Windows, backward, over_windows
+from penjing.progress import Progress
 
 Chosen = Sequence[tuple[Coupling, int]]
 """Couplings of a block, each with the number of units that stay."""
@@ -28,7 +29,7 @@ def gradient_scores(
     chosen: Sequence[Chosen],
     weights: Sequence[BlockWeights],
     score: UnitScore,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> list[dict[str, Tensor]]:
     """Scores of the units of every block, by the name of the linear that reads them, on token windows (S, T)."""
     scores: list[dict[str, Tensor]] = [{} for _ in chosen]

@@ -34,11 +34,9 @@ from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
 from penjing.pipeline.weights import LiveModule, Weights, borrowing_module, decode_module, modules_outside_blocks
 from penjing.planning import Plan, PlanRow
+from penjing.progress import Progress
 from penjing.rules import describe
 from penjing.statistics import BlockStatisticType
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with a stage's name, units done, units in all and a detail to show."""
 
 PROBE_TOKENS = 64
 

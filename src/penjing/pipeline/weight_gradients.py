@@ -11,6 +11,7 @@ from penjing.methods.pruning.taylor import WeightGradients
 from penjing.models import find
 from penjing.pipeline.gradients import block_inputs
 from penjing.pipeline.stream import StreamedModel
+from penjing.progress import Progress
 
 Windows = Iterator[Mapping[str, Tensor]]
 """Window after window, gradients by the weights of linears as the live modules hold them, by name in the block. A
@@ -25,7 +26,7 @@ def backward(
     tokens: Tensor,
     linears: Sequence[Sequence[str]],
     take: Take,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> None:
     """Call `take` on every block, from the last to the first of which something is asked.
 

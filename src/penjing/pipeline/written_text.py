@@ -20,7 +20,7 @@ from penjing.memory import give_back
 from penjing.methods.distillation.self_written import self_written
 from penjing.numerics.precision import compute_dtype
 from penjing.pipeline.text import Text, TextSource
-from penjing.pipeline.walk import Progress
+from penjing.progress import Progress
 from penjing.recipe import Calibration
 from penjing.training.models import load_model
 

@@ -21,9 +21,10 @@ from penjing.methods.adaptation.lora import Adapter, merge
 from penjing.methods.adaptation.residual import residual_change
 from penjing.methods.training import NextToken, Training, TrainOptions
 from penjing.models.build import quiet
+from penjing.progress import Progress
 from penjing.representations import Dense, Masked
 from penjing.training.log import Curve
-from penjing.training.loop import Progress, train
+from penjing.training.loop import train
 from penjing.training.models import load_model
 from penjing.training.peft_files import read_adapter
 from penjing.training.stage import read_batches

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from penjing.errors import MissingDependency, TrainingError
 from penjing.methods.training import Batch, Loss, Objective, Training, TrainOptions
 from penjing.numerics.precision import compute_dtype
+from penjing.progress import Progress
 from penjing.training import saving
 from penjing.training.data import Batches
 from penjing.training.log import Curve, Log, read_curve
@@ -32,9 +33,6 @@ from penjing.training.optimizers import make_optimizer, set_rate, share_of_rate
 
 STATE, LOG = "state.pt", "train.jsonl"
 """Names of the files in a training's directory: where to continue, and the log."""
-
-Progress = Callable[[str, int, int, str], None]
-"""stage, done, total, detail"""
 
 
 @dataclass(frozen=True)

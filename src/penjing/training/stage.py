@@ -17,9 +17,10 @@ from penjing.evaluation.text import load_documents
 from penjing.evaluation.windows import evaluation_windows, leading_token, load_tokenizer
 from penjing.methods.training import PREVIOUS, TrainFunction, TrainOptions, TrainTask
 from penjing.models.families import classes_of, is_encoder
+from penjing.progress import Progress
 from penjing.training.data import Batches, Pairs, Windows, holds_pairs, padding_of, read_pairs
 from penjing.training.log import Curve
-from penjing.training.loop import Progress, train
+from penjing.training.loop import train
 from penjing.training.models import load_model, save_model, zeros_of
 from penjing.training.texts import LENGTH, Texts, read_texts
 
