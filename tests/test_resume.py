@@ -31,6 +31,7 @@ ASYMMETRIC = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True
 
 STREAM = ({"method": "gptq", "bits": 3, "group_size": 32, "asymmetric": True, "stream": True},)
 """So do they here, and the gradients of the dense model, and the text that it writes."""
+TWO_SIDED = [{**STREAM[0], "two_sided": True}]
 
 ROTATED = ({"method": "rotation"}, {"method": "gptq", "bits": 4, "group_size": 32})
 AWQ = ({"method": "awq", "bits": 4, "group_size": 32, "steps": 2},)
@@ -67,8 +68,9 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, count: int, before: bool) -> Non
         (ROTATED, "compressed", {}),
         (ASYMMETRIC, "compressed", {}),
         (STREAM, "compressed", {"token_weights": "gradient", "written": 0.5}),
+        (TWO_SIDED, "compressed", {"token_weights": "gradient"}),
     ],
-    ids=["hybrid", "awq", "rotated", "asymmetric", "stream"],
+    ids=["hybrid", "awq", "rotated", "asymmetric", "stream", "two-sided"],
 )
 def test_stopped_at_every_shard(steps, propagate, calibration, tiny_model, short, tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", layers=LAYERS)

@@ -97,5 +97,6 @@ class _Block:
 
     def __init__(self, gram: Tensor, start: int) -> None:
         order = gram.diagonal().argsort(descending=True, stable=True)
-        self.factor = inverse_factor(gram[order][:, order], DAMPING)[0].contiguous()
+        known = gram if gram.any() else torch.eye(len(gram))  # no gradient says that outputs are apart
+        self.factor = inverse_factor(known[order][:, order], DAMPING)[0].contiguous()
         self.order = order + start

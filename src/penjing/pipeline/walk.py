@@ -137,9 +137,12 @@ class Walk:
         """What the recipe's steps want of them; from the dense model in any case."""
         recipe, rows = self.plan.recipe, self.plan.rows
         weighed = weighs_tokens(recipe)
-        together = [row.module.name for row in rows if any(joins_outputs(recipe.steps[step]) for step in row.steps)]
-        chosen = [row.module.name for row in rows if any(weighs(recipe.steps[step]) for step in row.steps)]
-        linears = self.layout.inside_blocks(chosen if weighed else together)
+        steps = {
+            row.module.name: [recipe.steps[step] for step in row.steps] for row in rows if row.module.block is not None
+        }
+        together = [name for name, own in steps.items() if any(map(joins_outputs, own))]
+        alone = [name for name, own in steps.items() if weighed and any(map(weighs, own))]
+        linears = self.layout.inside_blocks(dict.fromkeys([*alone, *together]))
         if not linears:
             return Curvature()
         shutil.rmtree(self._gradients, ignore_errors=True)
