@@ -43,6 +43,7 @@ ROWS: dict[str, Steps] = {
     **{f"rtn, {bits} bits": grid("rtn", bits) for bits in (4, 3, 2)},
     **{f"gptq, {bits} bits": grid("gptq", bits) for bits in (4, 3, 2)},
     **{f"gptq, {bits} bits, natural order": grid("gptq", bits, order="natural") for bits in (4, 3)},
+    **{f"gptq, {bits} bits, two-sided": grid("gptq", bits, two_sided=True) for bits in (3, 2)},
     **{f"gptq, 3 bits, groups of {size}": grid("gptq", 3, size) for size in (32, 16)},
     **{f"gptq, 3 bits, {zero} zero": searched("gptq", zero) for zero in ("integer", "float")},
     "hqq, 3 bits": [{"method": "hqq", "bits": 3, "group_size": 64, "weighted": True}],
@@ -61,6 +62,10 @@ ORDERINGS: tuple[tuple[str, str, str], ...] = (
     *(
         (f"activation order not worse, {bits} bits", f"gptq, {bits} bits", f"gptq, {bits} bits, natural order")
         for bits in (4, 3)
+    ),
+    *(
+        (f"feedback from both sides below GPTQ, {bits} bits", f"gptq, {bits} bits, two-sided", f"gptq, {bits} bits")
+        for bits in (3, 2)
     ),
     ("OWQ below GPTQ of as many bits", "owq, 3 bits", "gptq, 3 bits, groups of 32"),
     ("SpQR below GPTQ of as many bits", "spqr, 3 bits", "gptq, 3 bits, groups of 16"),

@@ -1,8 +1,9 @@
 """GPTQ or AWQ by llmcompressor, in its own environment:
 
-    python peer_llmcompressor.py MODEL TOKENS OUTPUT BITS GROUP DTYPE gptq|awq
+    python peer_llmcompressor.py MODEL TOKENS OUTPUT BITS GROUP DTYPE gptq|awq [WINDOWS]
 
-TOKENS is a safetensors file with `tokens` (S, T). The same windows, in the same order, as Penjing gets.
+TOKENS is a safetensors file with `tokens` (S, T). The same windows, in the same order, as Penjing gets, or the
+first WINDOWS of them.
 """
 
 import sys
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str, method: str) -> None:
+def main(model: str, tokens: str, output: str, bits: str, group: str, dtype: str, method: str, count: str = "") -> None:
     """Load, quantise, save."""
-    windows = load_file(tokens)["tokens"]
+    windows = load_file(tokens)["tokens"][: int(count) if count else None]
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     scheme = {
         "group_0": {

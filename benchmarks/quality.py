@@ -31,6 +31,9 @@ from penjing.recipe import Calibration, load_recipe
 
 HERE, OUTPUT = Path(__file__).parent, "OUTPUT"
 
+AWQ_WINDOWS = 16
+"""Of 64: for every scale its search runs parts of a block twenty times over all text, two hours of a core for 64."""
+
 
 def ours(bits: int) -> dict[str, dict[str, Any]]:
     """Name -> recipe of each that is compared, but for its calibration text."""
@@ -54,7 +57,8 @@ def theirs(bits: int, dense: Path, options: argparse.Namespace) -> dict[str, lis
     found: dict[str, list[str]] = {}
     if options.peer_python:
         script = [options.peer_python, str(HERE / "peer_llmcompressor.py"), str(dense), tokens, OUTPUT, str(bits), "64"]
-        found |= {f"llmcompressor {name.upper()}": [*script, "float32", name] for name in ("gptq", "awq")}
+        found["llmcompressor GPTQ"] = [*script, "float32", "gptq"]
+        found[f"llmcompressor AWQ, {AWQ_WINDOWS} windows"] = [*script, "float32", "awq", str(AWQ_WINDOWS)]
         script = [options.peer_python, str(HERE / "peer_autoround.py"), str(dense), tokens, OUTPUT, str(bits), "64"]
         found |= {f"AutoRound {count} iterations": [*script, str(count)] for count in options.iterations}
         found["HQQ"] = [options.peer_python, str(HERE / "peer_hqq.py"), str(dense), OUTPUT, str(bits), "128"]
