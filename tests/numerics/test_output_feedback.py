@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 import naive
-from penjing.methods.quantization.gptq import gptq
+from penjing.methods.base import LinearInput
+from penjing.methods.quantization.gptq import GPTQOptions, gptq, linear
 from penjing.numerics import output_feedback
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.output_feedback import DAMPING, OutputFeedback, output_bounds
 from penjing.representations import Masked
+from penjing.statistics import Gram
 
 ROWS, COLUMNS = 6, 8
 COMPILERS = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "in Python"])
@@ -168,3 +171,19 @@ def test_thin_gradients_give_a_finite_answer(kind: str) -> None:
     assert found.dense().isfinite().all()
     if kind == "zero":
         assert torch.equal(found.dense(), gptq(weight, gram, GRID).dense())
+
+
+@pytest.mark.parametrize(("keys", "message"), [({"descent": 2}, "one by one"), ({"type": "nf4"}, "rounds to integers")])
+def test_what_does_not_go_with_it_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTQOptions.model_validate({"two_sided": True, **keys})
+
+
+def test_a_type_of_gguf_that_does_not_divide_falls_back_and_goes_without() -> None:
+    options = GPTQOptions.model_validate({"two_sided": True, "type": "q4_k"}).for_matrix((8, 96), torch.float16)
+    weight, _, outer = problem(rows=8)
+    weight = weight.repeat(1, 12)
+    gram = naive.correlated(300, 96, mix=0.05)
+    given = LinearInput(weight, {Gram: Gram.known(gram.T @ gram, 300)}, output_grams=[outer])
+    without = linear(replace(given, output_grams=()), options)
+    assert torch.equal(linear(given, options).dense(), without.dense())

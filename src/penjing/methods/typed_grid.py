@@ -49,7 +49,7 @@ class _Float(NamedTuple):
     group_size: int | Literal["channel"]
 
 
-_FLOATS: dict[str, _Float] = {
+FLOAT_TYPES: dict[str, _Float] = {
     "nf4": _Float(4, "nf4", "plain", 64),
     "fp4": _Float(4, "fp4", "plain", 64),
     "fp8-e4m3": _Float(8, "e4m3", "plain", "channel"),
@@ -68,9 +68,9 @@ def _fixed_keys(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         rule = grid.scale_rule if isinstance(grid, IntegerGrid) else "full"
         fixed = {"bits": grid.bits, "symmetric": grid.symmetric, "scale_rule": rule, "group_size": grid.group_size}
         return fixed, {}
-    if kind not in _FLOATS:
+    if kind not in FLOAT_TYPES:
         return {}, {}
-    told = _FLOATS[kind]
+    told = FLOAT_TYPES[kind]
     fixed = {"bits": told.bits, "symmetric": True, "scale_rule": "full"}
     return fixed | ({"group_size": told.group_size} if told.scale != "plain" else {}), {"group_size": told.group_size}
 
@@ -176,11 +176,11 @@ class TypedGridOptions(GridKeys):
         """The grid these keys describe; plain scales of integers and FP8 are stored in `scale_dtype`, others as the
         type says."""
         size = None if self.group_size == "channel" else self.group_size
-        kind = _FLOATS.get(self.type)
+        kind = FLOAT_TYPES.get(self.type)
         if (name := MIXES.get(self.type, self.type)) in GGUF_GRIDS:
             return GGUF_GRIDS[name]
         if size == "block":
-            return FloatGrid(_FLOATS[self.type].element, TILE_ROWS, "plain", scale_dtype, tile_rows=TILE_ROWS)
+            return FloatGrid(FLOAT_TYPES[self.type].element, TILE_ROWS, "plain", scale_dtype, tile_rows=TILE_ROWS)
         if kind is None:
             return IntegerGrid(self.bits, size, self.symmetric, self.scale_rule, scale_dtype)
         if self.type.startswith("fp8"):
@@ -220,7 +220,7 @@ class SearchedGridOptions(TypedGridOptions):
 
     @model_validator(mode="after")
     def _check_search(self) -> Self:
-        if self.scale_search != "none" and self.type in _FLOATS:
+        if self.scale_search != "none" and self.type in FLOAT_TYPES:
             raise ValueError(
                 f"`scale_search` looks for scales of integers and GGUF types; type {self.type} has its own"
             )

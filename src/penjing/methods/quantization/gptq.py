@@ -55,7 +55,7 @@ from torch import Tensor
 
 from penjing.methods.base import LinearInput
 from penjing.methods.results import Fit, fitted, quantized, with_mask
-from penjing.methods.typed_grid import SearchedGridOptions
+from penjing.methods.typed_grid import FLOAT_TYPES, SearchedGridOptions
 from penjing.numerics.asymmetric import towards_dense
 from penjing.numerics.cholesky import STRONGEST_DAMPING, damped, dead_columns, inverse_factor
 from penjing.numerics.descent import best_scales, descend
@@ -108,6 +108,10 @@ class GPTQOptions(SearchedGridOptions):
     def _check_groups(self) -> Self:
         if self.descent and not self.static_groups:
             raise ValueError("`descent` needs `static_groups: true`: late groups are fitted as the sweep reaches them")
+        if self.descent and self.two_sided:
+            raise ValueError("`descent` takes outputs one by one, which would undo `two_sided`; drop one of them")
+        if self.two_sided and self.type in FLOAT_TYPES:
+            raise ValueError(f"`two_sided` rounds to integers; drop it for type {self.type}")
         if self.stream and not self.asymmetric:
             raise ValueError("`stream: true` goes with `asymmetric: true`")
         if not self.static_groups and isinstance(self.group_size, int) and not self.fits_group_by_group:
