@@ -31,7 +31,7 @@ from penjing.recipe import Calibration, load_recipe
 
 HERE, OUTPUT = Path(__file__).parent, "OUTPUT"
 
-AWQ_WINDOWS = 16
+AWQ_WINDOWS = 8
 """Of 64: for every scale its search runs parts of a block twenty times over all text, two hours of a core for 64."""
 
 
