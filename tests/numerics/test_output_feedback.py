@@ -16,7 +16,8 @@ from penjing.methods.quantization.gptq import GPTQOptions, gptq, linear
 from penjing.numerics import output_feedback
 from penjing.numerics.grids import IntegerGrid
 from penjing.numerics.output_feedback import DAMPING, OutputFeedback, output_bounds
-from penjing.representations import Masked
+from penjing.pipeline import factors
+from penjing.representations import Dense, LowRank, Masked
 from penjing.statistics import Gram
 
 ROWS, COLUMNS = 6, 8
@@ -187,3 +188,23 @@ def test_a_type_of_gguf_that_does_not_divide_falls_back_and_goes_without() -> No
     given = LinearInput(weight, {Gram: Gram.known(gram.T @ gram, 300)}, output_grams=[outer])
     without = linear(replace(given, output_grams=()), options)
     assert torch.equal(linear(given, options).dense(), without.dense())
+
+
+def test_gradients_reach_the_right_factor_through_the_left_one() -> None:
+    left, right = torch.randn(6, 3), torch.randn(3, 8)
+    gradients = torch.randn(40, 6)
+    whole = gradients.T @ gradients
+    seen: list[list[Tensor]] = []
+
+    def method(given: LinearInput) -> Dense:
+        seen.append(list(given.output_grams))
+        return Dense(given.weight)
+
+    before = LowRank(Dense(left), Dense(right))
+    for grams in ([whole], [whole[:2, :2], whole[2:, 2:]], []):
+        factors.apply(method, LinearInput(left @ right, {}, output_grams=grams), before)
+    reaching = gradients @ left
+    torch.testing.assert_close(seen[0], [reaching.T @ reaching])
+    apart = [gradients[:, :2] @ left[:2], gradients[:, 2:] @ left[2:]]
+    torch.testing.assert_close(seen[2], [sum(each.T @ each for each in apart)])
+    assert seen[1] == [whole] and seen[4] == seen[5] == []

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from penjing.methods.base import LinearInput
@@ -47,10 +46,12 @@ def _after(right: Representation, statistics: Statistics) -> Statistics:
 
 def _before(left: Tensor, grams: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gram matrix of the gradients that reach the inputs of a factor (N, r) whose outputs they reach with these."""
-    parts = left.split([len(gram) for gram in grams]) if grams else ()
-    return (
-        [torch.stack([part.T @ gram @ part for part, gram in zip(parts, grams, strict=True)]).sum(0)] if grams else ()
-    )
+    if not grams:
+        return ()
+    total = left.new_zeros(left.shape[1], left.shape[1])
+    for part, gram in zip(left.split([len(gram) for gram in grams]), grams, strict=True):
+        total.addmm_(part.T @ gram, part)
+    return [total]
 
 
 def _factor(result: Representation) -> Dense | Coded:
