@@ -230,7 +230,7 @@ def test_too_little_space_is_noticed_before_the_work(model: Path, short, tmp_pat
     from penjing.pipeline import walk
 
     monkeypatch.setattr(walk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(OutputError, match="free and the result needs"):
+    with pytest.raises(OutputError, match="free and the run needs"):
         compress(model, recipe(short, RTN), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

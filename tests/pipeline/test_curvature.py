@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 import naive
 from penjing import costs
 from penjing.checkpoint import open_checkpoint
+from penjing.errors import OutputError
 from penjing.models import layout_of
+from penjing.pipeline import walk
 from penjing.pipeline.curvature import LEAST, Curvature, bytes_of_grams, curvature
 from penjing.pipeline.gradients import LARGEST
 from penjing.pipeline.stream import StreamedModel
@@ -183,3 +186,16 @@ def test_a_recipe_that_joins_outputs_gives_other_codes_each_time_the_same(
     assert shards(tmp_path / "both") == shards(tmp_path / "again")
     assert shards(tmp_path / "both") != shards(tmp_path / "one")
     assert not (tmp_path / "both" / ".penjing" / "gradients").exists()
+
+
+def test_no_room_for_gradients_is_said_before_they_are_taken(
+    tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result would fit, the Gram matrices of gradients beside it would not."""
+    model, short = tiny_model("llama"), texts(tmp_path / "texts")
+    compress(model, recipe(short, GPTQ), tmp_path / "one")
+    free = sum(path.stat().st_size for path in (tmp_path / "one").glob("*.safetensors")) + 1000
+    monkeypatch.setattr(walk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * free, free, free))
+    monkeypatch.setattr(walk, "curvature", lambda *_, **__: pytest.fail("gradients were taken"))
+    with pytest.raises(OutputError, match="MB free"):
+        compress(model, recipe(short, GPTQ | {"two_sided": True}), tmp_path / "both")

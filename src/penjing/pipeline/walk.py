@@ -328,7 +328,7 @@ def _require_space(directory: Path, needed: int) -> None:
     """Refuse at once what would fill the disk hours later."""
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise OutputError(f"{directory} has {free / 1e6:.0f} MB free and the result needs {needed / 1e6:.0f} MB")
+        raise OutputError(f"{directory} has {free / 1e6:.0f} MB free and the run needs {needed / 1e6:.0f} MB")
 
 
 def score_blocks(
