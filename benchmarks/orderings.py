@@ -63,10 +63,6 @@ ORDERINGS: tuple[tuple[str, str, str], ...] = (
         (f"activation order not worse, {bits} bits", f"gptq, {bits} bits", f"gptq, {bits} bits, natural order")
         for bits in (4, 3)
     ),
-    *(
-        (f"feedback from both sides below GPTQ, {bits} bits", f"gptq, {bits} bits, two-sided", f"gptq, {bits} bits")
-        for bits in (3, 2)
-    ),
     ("OWQ below GPTQ of as many bits", "owq, 3 bits", "gptq, 3 bits, groups of 32"),
     ("SpQR below GPTQ of as many bits", "spqr, 3 bits", "gptq, 3 bits, groups of 16"),
     *((f"AutoRound below GPTQ, {bits} bits", f"autoround, {bits} bits", f"gptq, {bits} bits") for bits in (3, 2)),
