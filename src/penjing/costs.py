@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from penjing import statistics
@@ -89,7 +89,7 @@ def peak_memory(recipe: Recipe, layout: Layout) -> dict[str, int]:
         if any(statistics.StreamGap in step.definition.needs(step.options) for step in recipe.steps):
             inside["what the residual stream lost, by inputs"] = 2 * 4 * layout.embedding.shape[1] * sum(widths)
         if any(joins_outputs(step) for step in recipe.steps):
-            inside["Gram matrices of gradients, their factors"] = 2 * max(map(_of_gradients, blocks))
+            inside["Gram matrices of gradients, their factors"] = 2 * max(map(bytes_of_gradients, blocks))
         inside["factors of the largest Gram matrix"] = 3 * 4 * widths[-1] ** 2
         inside["a batch of tokens in the block"] = 4 * BATCH_TOKENS * 4 * widths[-1]
         if any(step.definition.learn for step in recipe.steps):
@@ -120,13 +120,10 @@ def _writing(recipe: Recipe, layout: Layout) -> dict[str, int]:
     }
 
 
-def bytes_of_gradients(outputs: int) -> int:
-    """What the Gram matrix, fp32, of gradients by the outputs of a linear takes, in blocks."""
-    return 4 * sum((stop - start) ** 2 for start, stop in pairwise(output_bounds(outputs)))
-
-
-def _of_gradients(modules: Sequence[ModuleSpec]) -> int:
-    return sum(bytes_of_gradients(module.shape[0]) for module in modules if module.kind == "linear")
+def bytes_of_gradients(modules: Iterable[ModuleSpec]) -> int:
+    """What Gram matrices, fp32 and in blocks, of gradients by the outputs of those that are linears take."""
+    bounds = (output_bounds(module.shape[0]) for module in modules if module.kind == "linear")
+    return sum(4 * (stop - start) ** 2 for cuts in bounds for start, stop in pairwise(cuts))
 
 
 def _gradients(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict[str, int]:
@@ -140,7 +137,7 @@ def _gradients(recipe: Recipe, layout: Layout, block: int, outside: int) -> dict
         "inputs of all blocks, some windows at a time": of_window * windows * (layout.blocks + 2),
         "activations of a batch": 4 * max(BATCH_TOKENS, length) * 16 * max(module.shape[0] for module in linears),
         "logits of a window and their gradients": 4 * 4 * length * layout.embedding.shape[0],
-        "Gram matrices of gradients": max(map(_of_gradients, map(layout.of_block, range(layout.blocks))))
+        "Gram matrices of gradients": max(map(bytes_of_gradients, map(layout.of_block, range(layout.blocks))))
         if joins
         else 0,
         "weights of the tokens": 4 * recipe.calibration.samples * length * len(linears),

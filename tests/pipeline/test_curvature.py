@@ -16,7 +16,7 @@ from penjing.checkpoint import open_checkpoint
 from penjing.errors import OutputError
 from penjing.models import layout_of
 from penjing.pipeline import walk
-from penjing.pipeline.curvature import LEAST, Curvature, bytes_of_grams, curvature
+from penjing.pipeline.curvature import LEAST, Curvature, curvature
 from penjing.pipeline.gradients import LARGEST
 from penjing.pipeline.stream import StreamedModel
 from penjing.pipeline.weights import Weights
@@ -171,7 +171,11 @@ def test_output_grams_are_those_of_gradients_cut_where_they_are_chance(
         for grams in found.output_grams(index).values()
         for gram in grams
     )
-    assert held == bytes_of_grams(layout, names) < sum(path.stat().st_size for path in files)
+    assert (
+        held
+        == costs.bytes_of_gradients(layout.by_name[name] for name in names)
+        < sum(path.stat().st_size for path in files)
+    )
 
 
 @pytest.mark.parametrize("weights", ["alike", "gradient"])

@@ -22,7 +22,7 @@ model instead of those of the text, for H; Tseng, Sun, De Sa 2025, "Model-Preser
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from penjing.checkpoint import write_shard
-from penjing.costs import bytes_of_gradients, windows_at_once
-from penjing.models import Layout
+from penjing.costs import windows_at_once
 from penjing.pipeline.gradients import LARGEST, SquaredGradients, by_block
 from penjing.pipeline.stream import StreamedModel
 from penjing.progress import Progress
@@ -103,11 +102,6 @@ def _add_squares(squares: dict[str, list[Tensor]], prefix: str, found: Mapping[s
         sums[each.leader] = sums[each.leader] + each.tokens if each.leader in sums else each.tokens
     for name, each in found.items():
         squares.setdefault(prefix + name, []).append(sums[each.leader])
-
-
-def bytes_of_grams(layout: Layout, together: Iterable[str]) -> int:
-    """What lies in the folder in the end."""
-    return sum(bytes_of_gradients(layout.by_name[name].shape[0]) for name in together)
 
 
 def _file(folder: Path, index: int) -> Path:

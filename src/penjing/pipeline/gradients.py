@@ -64,14 +64,11 @@ def squared_gradients(
     tokens: Tensor,
     linears: Mapping[int, Sequence[str]],
     progress: Progress,
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = SEED,
 ) -> dict[str, SquaredGradients]:
-    """What `by_block` gives, of all blocks, by full names."""
+    """What `by_block` gives in fp32, of all blocks, by full names."""
     return {
         f"{stream.layout.block_name(index)}.{name}": squares
-        for index, found in by_block(stream, tokens, linears, progress, dtype=dtype, seed=seed)
+        for index, found in by_block(stream, tokens, linears, progress)
         for name, squares in found.items()
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from penjing.checkpoint import write_shard
 from penjing.checkpoint.base import Checkpoint
-from penjing.costs import joins_outputs, needs_original, weighs, weighs_tokens
+from penjing.costs import bytes_of_gradients, joins_outputs, needs_original, weighs, weighs_tokens
 from penjing.errors import CalibrationError, OutputError
 from penjing.evaluation.report import ModuleRow
 from penjing.methods.base import Call
@@ -28,7 +28,7 @@ from penjing.models.layout import InputGroup, Layout, ModuleSpec, Residual
 from penjing.numerics.finite import all_finite
 from penjing.pipeline.block import BlockCompressor, Lesson, ModuleResult
 from penjing.pipeline.cache import BlockCache
-from penjing.pipeline.curvature import Curvature, bytes_of_grams, curvature
+from penjing.pipeline.curvature import Curvature, curvature
 from penjing.pipeline.journal import FOLDER, Journal
 from penjing.pipeline.stream import StreamedModel, batches
 from penjing.pipeline.text import positions
@@ -146,7 +146,8 @@ class Walk:
         if not linears:
             return Curvature()
         shutil.rmtree(self._gradients, ignore_errors=True)
-        _require_space(self.directory, self.plan.bytes + bytes_of_grams(self.layout, together))
+        grams = bytes_of_gradients(self.layout.by_name[name] for name in together)
+        _require_space(self.directory, self.plan.bytes + grams)
         trust = self._trust_remote_code
         dense = StreamedModel(
             self.checkpoint.config, self.layout, Weights(self.checkpoint, self.layout).live, trust_remote_code=trust
