@@ -230,6 +230,7 @@ class ModelTask:
              some norms other values: what the function gives for a full name, None for as they are. Leaves the
              gradients in the leaves behind those tensors
     told     the same for the negative log-likelihood of the windows' own next tokens
+    dtype    that of the arithmetic, into which weights may be decoded
     """
 
     weights: Mapping[str, Representation]
@@ -237,6 +238,7 @@ class ModelTask:
     windows: int
     loss: Callable[[Sequence[int], Callable[[str], Tensor | None]], float]
     told: Callable[[Sequence[int], Callable[[str], Tensor | None]], float]
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

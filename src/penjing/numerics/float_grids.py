@@ -200,9 +200,13 @@ class FloatGrid(Grouped):
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
         """Values of `codes` on the grid, in the dtype of `scale`; `zero` is not used."""
+        return self.slope(codes).to(scale.dtype) * scale
+
+    def slope(self, codes: Tensor, zero: Tensor | float = 0.0) -> Tensor:
+        """What `decode` multiplies the scale by, and so its derivative with respect to it: fp32."""
         if self.element in _FP8:
-            return codes.to(torch.uint8).view(_FP8[self.element]).to(scale.dtype) * scale
-        return elements(self.element).to(scale.dtype)[codes.int()] * scale
+            return codes.to(torch.uint8).view(_FP8[self.element]).float()
+        return elements(self.element)[codes.int()]
 
     def scale_count(self, shape: tuple[int, ...]) -> int:
         """How many scales a matrix of `shape` has."""

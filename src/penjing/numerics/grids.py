@@ -208,7 +208,12 @@ class IntegerGrid(Grouped):
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
         """Values of `codes` on the grid, in the dtype of `scale`."""
-        return (codes - self.low) * scale + zero if self.offset else (codes - zero) * scale
+        values = self.slope(codes, zero) * scale
+        return values + zero if self.offset else values
+
+    def slope(self, codes: Tensor, zero: Tensor | float) -> Tensor:
+        """What `decode` multiplies the scale by, and so its derivative with respect to it."""
+        return codes - (self.low if self.offset else zero)
 
     def fit_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points of a matrix: `weight` (N, K) -> two fp32 tensors (N, G).

@@ -81,7 +81,7 @@ class BlockCompressor:
         self.notes: dict[str, list[str]] = {name: [] for name in self.rows}
         self.done: dict[str, Representation] = {}
         self.input_scales: dict[str, InputScale] = {}
-        self.output_grams: Mapping[str, Sequence[Tensor]] = {}  # see `LinearInput`
+        self.output_grams: Mapping[str, Sequence[Tensor]] = {}
 
     def steps_of(self, name: str) -> list[Step]:
         """The recipe's steps that apply to a module."""
@@ -108,11 +108,13 @@ class BlockCompressor:
         forwards: Iterable[Callable[[], object]],
         dense: Iterable[Callable[[], object]] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        output_grams: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> dict[str, list[Call]]:
         """Collect what the steps need while `forwards` (one call per batch) run the module.
 
-        dense    the same batches with the dense model's hidden states; needed when `compares()`
-        weights  how much each token counts, by the full name of the linear; None when all count alike
+        dense         the same batches with the dense model's hidden states; needed when `compares()`
+        weights       how much each token counts, by the full name of the linear; None when all count alike
+        output_grams  what `LinearInput` calls so, by names inside the block
 
         Returns the recorded calls of the submodules that a transform wants to search with.
         """
@@ -129,6 +131,7 @@ class BlockCompressor:
                     with observer.beside():
                         again()
         recorder.remove()
+        self.output_grams = output_grams or {}
         self.statistics = dict(observer.statistics)
         self.clusters = [*observer.clusters(), *([name] for name in self.rows if name not in needs)]
         for name, kinds in needs.items():

@@ -109,6 +109,7 @@ class FinishedModel:
             windows=len(self._inputs),
             loss=partial(self._loss, self._against_dense),
             told=partial(self._loss, self._against_text),
+            dtype=self._targets.dtype,
         )
 
     def _loss(self, loss: Callable[[int, slice, Tensor], Tensor], batch: Sequence[int], given: Given) -> float:

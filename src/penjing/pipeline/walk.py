@@ -224,9 +224,8 @@ class Walk:
             dense = None
             if self._original is not None and compressor.compares():
                 dense = [partial(self._stream.advance, block, index, batch) for batch in batches(self._original)]
-            compressor.output_grams = self._curvature.output_grams(index)
-            weights = self._curvature.token_weights
-            calls = compressor.observe(block, forwards if compressor.needs() else [], dense, weights)
+            weights, grams = self._curvature.token_weights, self._curvature.output_grams(index)
+            calls = compressor.observe(block, forwards if compressor.needs() else [], dense, weights, grams)
             lesson = None
             if self._original is not None:
                 if dense is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +43,32 @@ class Quantized:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
-    def dense(self) -> Tensor:
-        """The decoded matrix in fp32: `scale * (codes - zero_point)`, exact products of stored numbers."""
-        values, columns = torch.empty(self.codes.shape, device=self.codes.device), self.codes.shape[1]
-        pieces = [slice(None)] if self.scale.requires_grad else strips(self.codes.shape)
-        for rows in pieces:  # autograd would copy the whole gradient for every strip
-            scale = self._per_column(self.scale[rows].float(), columns)
-            zero = 0.0 if self.zero_point is None else self._per_column(self.zero_point[rows].float(), columns)
-            values[rows] = self.grid.decode(self.codes[rows].float(), scale, zero)
-        return values
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded matrix: `scale * (codes - zero_point)`, exact products of stored numbers, rounded to `dtype`.
 
-    def _per_column(self, per_group: Tensor, columns: int) -> Tensor:
+        A gradient reaches the scales if they ask for one.
+        """
+        return _Decoded.apply(self.scale, replace(self, scale=self.scale.detach()), dtype)
+
+    def decoded(self, rows: slice) -> Tensor:
+        """Some outputs in fp32."""
+        return self.grid.decode(self.codes[rows].float(), self._per_column(self.scale[rows].float()), self._zero(rows))
+
+    def slope(self, rows: slice) -> Tensor:
+        """The derivative of some outputs with respect to the scale of each weight, in fp32."""
+        return self.grid.slope(self.codes[rows].float(), self._zero(rows))
+
+    def per_group(self, values: Tensor) -> Tensor:
+        """Sums of `values` (n, K) over the columns of each group: (n, G)."""
+        return values @ self._per_column(torch.eye(self.scale.shape[1], device=values.device)).T
+
+    def _zero(self, rows: slice) -> Tensor | float:
+        return 0.0 if self.zero_point is None else self._per_column(self.zero_point[rows].float())
+
+    def _per_column(self, per_group: Tensor) -> Tensor:
         if self.group_index is not None:
             return per_group[:, self.group_index.long()]
-        return self.grid.spread(per_group, columns)
+        return self.grid.spread(per_group, self.codes.shape[1])
 
     def nbytes(self) -> int:
         rows, columns = self.codes.shape
@@ -85,6 +98,23 @@ class Quantized:
             scale_codes=self.scale_codes and self.scale_codes.rows(start, stop),
             zero_codes=self.zero_codes and self.zero_codes.rows(start, stop),
         )
+
+
+class _Decoded(torch.autograd.Function):
+    """`Quantized.dense`, a strip at a time in both directions: autograd would keep fp32 matrices of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
+        ctx.weight, ctx.dtype = weight, scale.dtype
+        values = torch.empty(weight.shape, dtype=dtype, device=scale.device)
+        for rows in strips(weight.shape):
+            values[rows] = weight.decoded(rows)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        pieces = (ctx.weight.per_group(outer[rows] * ctx.weight.slope(rows)) for rows in strips(ctx.weight.shape))
+        return torch.cat(list(pieces)).to(ctx.dtype), None, None
 
 
 Coded = Quantized | Bilevel | BinaryCoded | Codebook | VectorCoded

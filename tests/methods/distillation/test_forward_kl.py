@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from penjing.methods.distillation.kl import ROWS, forward_kl
+from penjing.methods.distillation.kl import forward_kl
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, ROWS, 11)])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 200, 2500)])
 def test_value_and_gradient_are_those_of_the_definition(shape, temperature):
     teacher = torch.randn(shape, requires_grad=True)
     student = torch.randn(shape, requires_grad=True)

@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from penjing.methods.distillation.tokens import expected, log_probabilities, wide
-
-ROWS = 256
-"""Rows whose distributions are in memory at once."""
+from penjing.numerics.strips import strips
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -35,8 +33,7 @@ class _ForwardKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         values = []
-        for start in range(0, len(student), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in strips(student.shape):
             log_p, log_q = (log_probabilities(logits[rows], temperature) for logits in (teacher, student))
             p = log_p.exp()
             difference = log_p.sub_(log_q)

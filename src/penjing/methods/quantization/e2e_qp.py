@@ -90,9 +90,9 @@ class Scaled:
             return stored
         return coded.codes.float() * stored.repeat_interleave(coded.codes.shape[1] // stored.shape[1], 1)
 
-    def dense(self) -> Tensor:
-        """The decoded weight (N, K) fp32, differentiable."""
-        decoded = replace(self.weight, scale=self.scale()).dense()
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight (N, K), differentiable."""
+        decoded = replace(self.weight, scale=self.scale()).dense(dtype)
         return decoded if self.kept is None else decoded * self.kept
 
     def result(self) -> Quantized | Masked:
@@ -120,7 +120,7 @@ def e2e_qp(task: ModelTask, options: E2EOptions, report: Callable[[int, float], 
 
     def given(name: str) -> Tensor | None:
         if name in scaled:
-            return scaled[name].dense()
+            return scaled[name].dense(task.dtype)
         return task.norms[name] + offsets[name] if name in offsets else None
 
     schedule = batches(task.windows, options.batch_size, options.iterations, options.seed)
