@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from penjing import api
 from penjing.errors import PlanError
+from penjing.methods.base import Tuned
+from penjing.methods.quantization import e2e_qp
 from penjing.pipeline import journal, tune
 from penjing.pipeline.stream import StreamedModel
 from runs import Killed, compress, recipe, shards, texts
@@ -44,6 +46,26 @@ def test_the_loss_falls_and_codes_stay(tiny_model: Callable[..., Path], short, t
     assert before.keys() == after.keys() and trained.bytes == rounded.bytes
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("weight_codes"))
     assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight_scale"))
+
+
+def test_norms_are_trained_as_what_they_multiply_by(tiny_model, short, tmp_path, monkeypatch):
+    """In Gemma that is one more than what is stored: half of it, and of nothing else, is written."""
+
+    def halve(task: Any, options: Any, report: Any) -> Tuned:
+        norms = {name: value.requires_grad_() for name, value in task.norms.items()}
+        linears = {name: weight.dense().requires_grad_() for name, weight in task.weights.items()}
+        assert task.loss([0], norms.get) == pytest.approx(task.loss([0], linears.get))
+        return Tuned({}, {name: value.detach() / 2 for name, value in norms.items()})
+
+    monkeypatch.setattr(e2e_qp, "e2e_qp", halve)
+    compress(tiny_model("gemma3"), recipe(short, GPTQ), tmp_path / "rounded")
+    compress(tiny_model("gemma3"), recipe(short, GPTQ, TRAIN), tmp_path / "halved", evaluated=False)
+    before, after = tensors(tmp_path / "rounded"), tensors(tmp_path / "halved")
+    inside = [name for name in before if "layers." in name and "norm" in name]
+    assert inside and not any(name.endswith("bias") for name in inside)
+    for name, value in before.items():
+        expected = (value.float() + 1) / 2 - 1 if name in inside else value.float()
+        torch.testing.assert_close(after[name].float(), expected, rtol=0, atol=1e-2 if name in inside else 0)
 
 
 @pytest.mark.parametrize("before", [(), ({"method": "rotation"},), ({"method": "shortgpt", "drop": 1},)], ids=str)

@@ -224,7 +224,8 @@ class ModelTask:
     """What a method that trains the finished model as a whole is given.
 
     weights  what the linears that the step applies to became, by full name
-    norms    fp32 weights of the norms inside the blocks, by the full name of the parameter
+    norms    what the norms inside the blocks multiply by, fp32, by the full name of the parameter; that may hold a
+             constant less (`Layout.norm_offset`)
     windows  number of calibration windows
     loss     KL(dense || model) in nats per token over some windows, when some linears have other weights (N, K) and
              some norms other values: what the function gives for a full name, None for as they are. Leaves the
@@ -243,7 +244,7 @@ class ModelTask:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What training changed: representations of linears, and weights of norms, by the names in `ModelTask`."""
+    """What training changed: representations of linears, and what norms multiply by, by the names in `ModelTask`."""
 
     weights: Mapping[str, Representation]
     norms: Mapping[str, Tensor]

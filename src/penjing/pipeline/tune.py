@@ -102,10 +102,11 @@ class FinishedModel:
 
     def task(self, names: Sequence[str]) -> ModelTask:
         """What a method that trains gets to see when it may change the linears in `names`."""
-        norms = [module for module in self.layout.modules if module.kind == "norm" and module.block is not None]
+        norms = [f"{module.name}.weight" for module in self.layout.modules if module.kind == "norm"]
+        inside = [name for name in norms if name in self.frozen]
         return ModelTask(
             weights={name: self.weights[name] for name in names},
-            norms={f"{norm.name}.weight": self.frozen[f"{norm.name}.weight"].float() for norm in norms},
+            norms={name: self.frozen[name].float() + self.layout.norm_offset for name in inside},
             windows=len(self._inputs),
             loss=partial(self._loss, self._against_dense),
             told=partial(self._loss, self._against_text),
@@ -153,7 +154,9 @@ class FinishedModel:
             for key, name in zip(module.tensors, module.tensor_names(), strict=True):
                 coded = key == "weight" and module.name in self.weights
                 value = given(module.name if coded else name)
-                if value is None:
+                if value is not None and not coded:
+                    value = value - self.layout.norm_offset
+                elif value is None:
                     value = self.weights[module.name].dense() if coded else self.frozen[name]
                 if coded and module.transposed:
                     value = value.T
@@ -163,7 +166,8 @@ class FinishedModel:
 
     def replaced(self, tuned: Tuned) -> dict[str, dict[str, Tensor]]:
         """The shards that `tuned` changes, by file name."""
-        changed: dict[str, Tensor] = {name: value.to(self.frozen[name].dtype) for name, value in tuned.norms.items()}
+        offset = self.layout.norm_offset
+        changed = {name: (value - offset).to(self.frozen[name].dtype) for name, value in tuned.norms.items()}
         for name, weight in tuned.weights.items():
             row = self._rows[name]
             changed |= self.plan.format_of(row).pack(row.module, row.scheme, weight, self.plan.dtype)
