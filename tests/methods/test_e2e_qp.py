@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from penjing.methods.base import ModelTask
 from penjing.methods.quantization.e2e_qp import E2EOptions, Scaled, rate, trainable, tune
 from penjing.methods.quantization.rtn import rtn
+from penjing.numerics import strips
+from penjing.numerics.float_grids import FloatGrid
 from penjing.numerics.gguf_grids import GGUF_GRIDS
 from penjing.numerics.grids import IntegerGrid
 from penjing.representations import Dense, Masked, Representation
@@ -70,6 +73,31 @@ def test_gradient_of_a_factor_is_that_of_its_group_in_fp64():
     (scaled.dense(torch.float32) * upstream).sum().backward()
     groups = (weight.dense().double() * upstream.double()).reshape(5, 2, 8).sum(-1)
     assert torch.allclose(scaled.factor.grad.double(), groups, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 5, None])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum", "nf4"])
+def test_gradient_of_scales_whatever_the_groups(monkeypatch, size, ordered, kind):
+    """Even groups, a short last one, one per row, columns in another order; and a strip at a time."""
+    monkeypatch.setitem(strips.ELEMENTS, "cpu", 40)  # two rows
+    zero = "minimum" if kind == "minimum" else "integer"
+    integers = IntegerGrid(3, size, kind == "symmetric", "full", torch.float32, zero)
+    grid = FloatGrid("nf4", size) if kind == "nf4" else integers
+    weight = rtn(torch.randn(5, 16, generator=torch.Generator().manual_seed(3)), grid)
+    if ordered:
+        columns = torch.randperm(16, generator=torch.Generator().manual_seed(4))
+        groups = (torch.arange(16) // grid.columns_per_group(16))[columns]
+        weight = replace(weight, group_index=groups.to(torch.int32))
+    scale = weight.scale.float().requires_grad_()
+    upstream = torch.randn(5, 16, generator=torch.Generator().manual_seed(5)).double()
+    values = replace(weight, scale=scale).dense()
+    assert torch.equal(values, weight.dense())
+    (values * upstream).sum().backward()
+    for group in range(scale.shape[1]):
+        there = torch.zeros_like(scale).index_fill_(1, torch.tensor([group]), 1.0)
+        change = (replace(weight, scale=scale.detach() + there).dense().double() - values.detach().double()) * upstream
+        torch.testing.assert_close(scale.grad[:, group], change.sum(1).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_pruned_weights_stay_zero():

@@ -52,23 +52,36 @@ class Quantized:
 
     def decoded(self, rows: slice) -> Tensor:
         """Some outputs in fp32."""
-        return self.grid.decode(self.codes[rows].float(), self._per_column(self.scale[rows].float()), self._zero(rows))
+        scale = self._spread(self.scale[rows].float())
+        return self.grid.decode(self._fold(self.codes[rows].float()), scale, self._zero(rows)).flatten(1)
 
-    def slope(self, rows: slice) -> Tensor:
-        """The derivative of some outputs with respect to the scale of each weight, in fp32."""
-        return self.grid.slope(self.codes[rows].float(), self._zero(rows))
+    def by_scale(self, rows: slice, gradient: Tensor) -> Tensor:
+        """What a gradient (n, K) with respect to some outputs says of their scales: fp32 (n, G)."""
+        change = self._fold(gradient.float()) * self.grid.slope(self._fold(self.codes[rows].float()), self._zero(rows))
+        if self._even:
+            return change.sum(-1)
+        return change @ self._spread(torch.eye(self.scale.shape[1], device=change.device)).T
 
-    def per_group(self, values: Tensor) -> Tensor:
-        """Sums of `values` (n, K) over the columns of each group: (n, G)."""
-        return values @ self._per_column(torch.eye(self.scale.shape[1], device=values.device)).T
+    @property
+    def _even(self) -> bool:
+        """Whether all groups are as many consecutive columns."""
+        columns, groups = self.codes.shape[1], self.scale.shape[1]
+        return self.group_index is None and self.grid.columns_per_group(columns) * groups == columns
 
-    def _zero(self, rows: slice) -> Tensor | float:
-        return 0.0 if self.zero_point is None else self._per_column(self.zero_point[rows].float())
+    def _fold(self, matrix: Tensor) -> Tensor:
+        """(n, K) as (n, G, K / G) where groups are even, so that what they share need not be repeated."""
+        return matrix.unflatten(1, (self.scale.shape[1], -1)) if self._even else matrix
 
-    def _per_column(self, per_group: Tensor) -> Tensor:
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """(n, G), to be multiplied by what `_fold` gives."""
+        if self._even:
+            return per_group.unsqueeze(-1)
         if self.group_index is not None:
             return per_group[:, self.group_index.long()]
         return self.grid.spread(per_group, self.codes.shape[1])
+
+    def _zero(self, rows: slice) -> Tensor | float:
+        return 0.0 if self.zero_point is None else self._spread(self.zero_point[rows].float())
 
     def nbytes(self) -> int:
         rows, columns = self.codes.shape
@@ -105,16 +118,18 @@ class _Decoded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
-        ctx.weight, ctx.dtype = weight, scale.dtype
+        ctx.weight = weight
         values = torch.empty(weight.shape, dtype=dtype, device=scale.device)
-        for rows in strips(weight.shape):
+        for rows in strips(weight.codes):
             values[rows] = weight.decoded(rows)
         return values
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        pieces = (ctx.weight.per_group(outer[rows] * ctx.weight.slope(rows)) for rows in strips(ctx.weight.shape))
-        return torch.cat(list(pieces)).to(ctx.dtype), None, None
+        gradient = torch.empty_like(ctx.weight.scale)
+        for rows in strips(outer):
+            gradient[rows] = ctx.weight.by_scale(rows, outer[rows])
+        return gradient, None, None
 
 
 Coded = Quantized | Bilevel | BinaryCoded | Codebook | VectorCoded

@@ -33,7 +33,7 @@ class _ForwardKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         values = []
-        for rows in strips(student.shape):
+        for rows in strips(student):
             log_p, log_q = (log_probabilities(logits[rows], temperature) for logits in (teacher, student))
             p = log_p.exp()
             difference = log_p.sub_(log_q)

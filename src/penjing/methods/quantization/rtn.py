@@ -43,7 +43,7 @@ def rtn(
         weight = weight * kept
     fit, columns = fitted(weight, grid, metric), weight.shape[1]
     codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
-    for rows in strips(weight.shape):
+    for rows in strips(weight):
         codes[rows] = grid.encode(weight[rows], *(grid.spread(each[rows], columns) for each in (fit.scale, fit.zero)))
     coded = quantized(codes, fit.scale, fit.zero, grid, scale_codes=fit.scale_codes, zero_codes=fit.zero_codes)
     return with_mask(coded, kept)
