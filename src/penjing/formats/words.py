@@ -57,7 +57,7 @@ def decode(weight: Representation, dtype: torch.dtype) -> Tensor:
     quantized = codes_of(weight)
     if quantized is None:
         return weight.dense().to(dtype)
-    return replace(quantized, scale=quantized.scale.to(dtype)).dense().to(dtype)
+    return replace(quantized, scale=quantized.scale.to(dtype)).dense(dtype)
 
 
 def problems(name: str, module: ModuleSpec, scheme: Scheme, widths: tuple[int, ...]) -> list[str]:

@@ -51,7 +51,7 @@ class Fp8:
 
     def decode(self, weight: Quantized, dtype: torch.dtype) -> Tensor:
         """The exact product, rounded once."""
-        return replace(weight, scale=weight.scale.to(dtype)).dense().to(dtype)
+        return replace(weight, scale=weight.scale.to(dtype)).dense(dtype)
 
 
 class CodedFloats:

@@ -111,4 +111,4 @@ def _quantized(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: IntegerG
 
 
 def _decode(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    return replace(weight, scale=weight.scale.to(dtype)).dense().to(dtype)
+    return replace(weight, scale=weight.scale.to(dtype)).dense(dtype)
