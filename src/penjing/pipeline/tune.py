@@ -154,10 +154,10 @@ class FinishedModel:
             for key, name in zip(module.tensors, module.tensor_names(), strict=True):
                 coded = key == "weight" and module.name in self.weights
                 value = given(module.name if coded else name)
-                if value is not None and not coded:
-                    value = value - self.layout.norm_offset
-                elif value is None:
+                if value is None:
                     value = self.weights[module.name].dense() if coded else self.frozen[name]
+                elif not coded:
+                    value = value - self.layout.norm_offset
                 if coded and module.transposed:
                     value = value.T
                 parameters[f"{module.name.removeprefix(prefix)}.{key}"] = value.to(states.dtype)
