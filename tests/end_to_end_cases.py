@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penjing.formats import FORMATS
+from penjing.recipe import load_recipe
 from tiny_models import FAMILIES
 
 Step = dict[str, Any]
@@ -337,10 +338,18 @@ def _by_block(family: str, experts: bool) -> Case:
         {"targets": [f"*{blocks}.{number}.*"], "ignore": ["*.gate"] if experts else []} | one
         for number, steps in enumerate(_BY_BLOCK)
         for one in steps
-        # stacked experts have no place to round inputs, and see other tokens than those of the dense model
-        if not (experts and (one["method"] == "llm-int8" or one.get("asymmetric")))
+        if not (experts and one["method"] == "llm-int8")  # stacked experts have no place to round inputs
     )
     return Case(steps, "native", family, {"layers": len(_BY_BLOCK)}, calibration={"token_weights": "gradient"})
+
+
+def _best(family: str) -> Case:
+    """The best recipe that comes along, on as little as the other cases."""
+    found = load_recipe("best-4bit").as_dict()
+    rounding, training = found["steps"]
+    steps = rounding | {"group_size": 32}, training | {"iterations": 2}
+    text = {key: found["calibration"][key] for key in ("token_weights", "written")}
+    return Case(steps, "native" if family == "gpt2" else found["format"], family, calibration=text)
 
 
 def _families() -> dict[str, Case]:
@@ -354,6 +363,7 @@ def _families() -> dict[str, Case]:
         if family != "gpt2":
             cases[f"{family}, gptq, compressed-tensors"] = Case((four("gptq"),), "compressed-tensors", family)
         cases[f"{family}, magnitude, dense"] = Case((step("magnitude", sparsity=0.5),), "dense", family)
+        cases[f"{family}, best-4bit"] = _best(family)
         cases[f"{family}, a method per block"] = _by_block(family, experts)
     cases["inferred, gptq, compressed-tensors"] = Case((four("gptq"),), model=UNLISTED)
     cases["inferred, shortgpt, native"] = Case((step("shortgpt", drop=1), four("rtn")), "native", model=UNLISTED)

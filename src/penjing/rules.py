@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from penjing.costs import compares
 from penjing.errors import PlanError
 from penjing.formats import Format
 from penjing.methods.pruning.options import ProtectOptions
@@ -82,11 +81,6 @@ def check_step(module: ModuleSpec, before: Scheme, step: Step, earlier: Sequence
         raise PlanError(
             f"{label}: the method needs the inputs of a linear and an embedding has none; give embeddings a step "
             "of their own, `method: rtn` with `targets: [embedding]`"
-        )
-    if compares(step) and ".experts." in module.name:
-        raise PlanError(
-            f"{label}: the method compares the inputs of a linear with those in the dense model, but other tokens may "
-            "reach this expert there; give `*.experts.*` a step of their own without `asymmetric`"
         )
     if step.definition.tune is not None and (not _has_free_scales(before) or before.activations is not None):
         raise PlanError(

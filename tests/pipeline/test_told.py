@@ -44,6 +44,14 @@ def test_experts_that_see_no_token(tiny_model, short, tmp_path) -> None:
     assert "no calibration token" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_experts_that_cannot_aim_at_the_dense_model(tiny_model, short, tmp_path) -> None:
+    steps = GPTQ | {"asymmetric": True, "stream": True}
+    report = compress(tiny_model("mixtral"), recipe(short, steps), tmp_path / "out", evaluated=False)
+    own = {row.name: any("its own inputs" in note for note in row.notes) for row in report.modules if row.steps}
+    assert all(told == (".experts." in name) for name, told in own.items())
+    assert any(own.values())
+
+
 def test_inputs_that_cannot_be_rescaled(tiny_model, short, tmp_path) -> None:
     awq = {"method": "awq", "group_size": 32, "steps": 2, "ignore": ["*.q_proj"]}
     report = compress(tiny_model("llama"), recipe(short, awq, format="native"), tmp_path / "out", evaluated=False)

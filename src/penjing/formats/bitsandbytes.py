@@ -188,7 +188,7 @@ class BitsAndBytesFormat:
 
 def _places(module: ModuleSpec) -> list[str]:
     """Why transformers would not look for codes in a module; empty if it would."""
-    if class_of(module) == "Linear" and ".experts." not in module.name:
+    if class_of(module) == "Linear" and not module.expert:
         return []
     return [f"{module.name}: transformers reads bitsandbytes only in linears of their own; use format native"]
 

@@ -72,7 +72,7 @@ def problems(name: str, module: ModuleSpec, scheme: Scheme, widths: tuple[int, .
             f"{where}: format {name} holds integer codes with one scale and whole zero points only; use "
             "format native, or gguf for its types"
         ]
-    if module.kind != "linear" or module.block is None or ".experts." in where:
+    if module.kind != "linear" or module.block is None or module.expert:
         return [f"{where}: format {name} holds linears of the blocks, but no experts; ignore it, or use format native"]
     found = []
     if grid.bits not in widths:

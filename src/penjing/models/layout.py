@@ -88,6 +88,11 @@ class ModuleSpec:
         return shape[::-1] if self.transposed else shape
 
     @property
+    def expert(self) -> bool:
+        """Whether it is part of an expert, which only the tokens go through that a router sends there."""
+        return ".experts." in self.name
+
+    @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensors.values())
 

@@ -88,15 +88,22 @@ class BlockCompressor:
         return [self.plan.recipe.steps[number] for number in self.rows[name].steps]
 
     def needs(self) -> dict[str, list[StatisticType]]:
-        """Module -> statistics that its steps want."""
+        """Module -> statistics that its steps want and that can be had.
+
+        An expert's inputs cannot be compared with those in the dense model, where other tokens may reach it.
+        """
         wanted = {}
-        for name in self.rows:
-            kinds = dict.fromkeys(kind for step in self.steps_of(name) for kind in step.definition.needs(step.options))
-            if name not in self._residual.writers:
-                kinds.pop(StreamGap, None)
+        for name, row in self.rows.items():
+            kinds = [kind for kind in self._wanted(name) if not (row.module.expert and compares(kind))]
             if kinds:
-                wanted[name] = list(kinds)
+                wanted[name] = kinds
         return wanted
+
+    def _wanted(self, name: str) -> list[StatisticType]:
+        kinds = dict.fromkeys(kind for step in self.steps_of(name) for kind in step.definition.needs(step.options))
+        if name not in self._residual.writers:
+            kinds.pop(StreamGap, None)
+        return list(kinds)
 
     def compares(self) -> bool:
         """Whether a step looks at the inputs in the dense model beside those in the compressed one."""
@@ -138,6 +145,8 @@ class BlockCompressor:
             self._check_seen(name, kinds)
             if weights is not None and name not in own and any(map(weighs, kinds)):
                 self.notes[name].append("its tokens count alike: not every token goes through it")
+            if kinds != self._wanted(name):
+                self.notes[name].append("keeps the outputs of its own inputs: in the dense model other tokens reach it")
         return recorder.calls
 
     def _check_seen(self, name: str, kinds: Sequence[StatisticType]) -> None:

@@ -64,12 +64,12 @@ def module_problems(module: ModuleSpec, scheme: Scheme, grid: ScaledGrid) -> lis
             f"{name}: columns grouped out of order need a group index, which compressed-tensors dropped; "
             "order columns with static groups, or use format native"
         )
-    if ".experts." in name and (scheme.activations is not None or not grid.symmetric):
+    if module.expert and (scheme.activations is not None or not grid.symmetric):
         problems.append(
             f"{name}: transformers reads experts only with symmetric weights and without `activations`; "
             "use `symmetric: true` and no `activations`, or format native for zero points"
         )
-    if ".experts." in name and isinstance(grid, FloatGrid) and (grid.tile_rows > 1 or grid.scale != "plain"):
+    if module.expert and isinstance(grid, FloatGrid) and (grid.tile_rows > 1 or grid.scale != "plain"):
         problems.append(
             f"{name}: of float weights, transformers reads experts only as FP8 per channel or tensor; use one of "
             "those, or format native"
@@ -113,9 +113,7 @@ def decoded_at_load(groups: Mapping[Declared, list[ModuleSpec]]) -> str:
 
 def expert_problems(schemes: Mapping[ModuleSpec, Scheme]) -> list[str]:
     """transformers fuses the experts, and decodes all experts of a model, or none, with one scheme."""
-    holding = {
-        replace(scheme, sparsity=0.0, pattern=None) for module, scheme in schemes.items() if ".experts." in module.name
-    }
+    holding = {replace(scheme, sparsity=0.0, pattern=None) for module, scheme in schemes.items() if module.expert}
     if not holding or (len(holding) == 1 and holding.pop().grid is not None):
         return []
     return [

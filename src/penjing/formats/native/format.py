@@ -45,7 +45,7 @@ class NativeFormat:
             return []
         if module.kind == "embedding":
             return [f"{module.name}: the input of an embedding is a token number; drop `activations`"]
-        if ".experts." in module.name:
+        if module.expert:
             return [f"{module.name}: transformers fuses the experts and hides their inputs; drop `activations`"]
         return []
 

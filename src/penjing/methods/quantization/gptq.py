@@ -87,7 +87,9 @@ class GPTQOptions(SearchedGridOptions):
     )
 
     asymmetric: bool = Field(
-        False, description="keep the outputs of the dense model, whose inputs differ from those compressed blocks leave"
+        False,
+        description="keep the outputs of the dense model, whose inputs differ from those compressed blocks leave; "
+        "experts, which other tokens reach in the dense model, keep the outputs of their own inputs",
     )
     stream: bool = Field(
         False,
@@ -284,6 +286,7 @@ def _segment_ends(group_of: Tensor) -> dict[int, int]:
 
 def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
     """Quantise one linear, or the stacked rows of several that share their inputs."""
+    cross = given.statistics.get(CrossGram) if options.asymmetric else None
     gap = given.statistics.get(StreamGap) if options.stream else None
     return gptq(
         given.weight,
@@ -295,7 +298,7 @@ def linear(given: LinearInput, options: GPTQOptions) -> Quantized | Masked:
         static_groups=options.static_groups,
         kept=given.kept,
         scale_search=options.scale_search,
-        cross=given.statistics[CrossGram].value if options.asymmetric else None,
+        cross=cross.value if cross is not None else None,
         gap=gap.value if gap is not None and gap.value.numel() else None,
         descent=options.descent,
         output_grams=given.output_grams if options.two_sided else (),

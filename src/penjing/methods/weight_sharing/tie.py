@@ -104,7 +104,7 @@ def alike(layout: Layout, options: TieOptions) -> list[list[int]]:
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index in range(layout.blocks):
         found, prefix = shared_linears(layout, index, options), f"{layout.block_name(index)}."
-        if expert := next((module.name for module in found if ".experts." in module.name), None):
+        if expert := next((module.name for module in found if module.expert), None):
             raise ValueError(
                 f"{expert} cannot be shared, because transformers fuses the experts of a block into one tensor; name "
                 "other linears: `linears: ['self_attn.*']`"
