@@ -23,6 +23,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What is drawn without a generator of its own is the same in every run, whichever tests run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> BuildTiny:
     """`tiny_model("llama", tied=True)`: a tiny model's directory, built once per set of arguments. Read-only."""

@@ -11,7 +11,9 @@ Of that, two factors are taken. A Gram matrix of weighted inputs knows which tok
     H = sum_t a_t x_t x_t^T        a_t = |g_t|^2
 
 and the Gram matrix of the gradients which outputs do, alone and together: G = sum_t g_t g_t^T. a_t is over its mean,
-cut at `LARGEST`, plus `LEAST`, and scaled to a mean of 1; G is cut in the same way.
+cut at `LARGEST`, plus `LEAST`, and scaled to a mean of 1; G is cut in the same way, and as much of it as is chance is
+replaced by its mean diagonal (see `penjing.numerics.shrinkage`): where few tokens have nearly all of the gradient, as
+in value projections, that is most of it.
 
 G of all linears is larger than the model: they lie in a folder until the walk has read them.
 
@@ -33,11 +35,15 @@ from torch import Tensor
 
 from penjing.checkpoint import write_shard
 from penjing.costs import windows_at_once
+from penjing.numerics.shrinkage import shrunk
 from penjing.pipeline.gradients import LARGEST, SquaredGradients, by_block
 from penjing.pipeline.stream import StreamedModel
 from penjing.progress import Progress
 
 LEAST = 0.1
+
+_SEEN = " seen"
+"""Ends the name of what lies beside a Gram matrix: how many gradients, and the sum of their lengths' fourth powers."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,17 @@ class Curvature:
     folder: Path | None = None
 
     def output_grams(self, index: int) -> dict[str, list[Tensor]]:
-        """Of a block's linears, by the name inside it: blocks along the diagonal of G, fp32 (n, n), first to last."""
+        """Of a block's linears, by the name inside it: blocks along the diagonal of G, fp32 (n, n), first to last.
+
+        What is chance in them is taken out.
+        """
         path = None if self.folder is None else _file(self.folder, index)
         grams: dict[str, list[Tensor]] = {}
         if path is not None and path.is_file():
-            for key, gram in sorted(load_file(path).items()):
-                grams.setdefault(key.split(" ")[1], []).append(gram)
+            found = load_file(path)
+            for key in sorted(key for key in found if not key.endswith(_SEEN)):
+                vectors, fourth = found[key + _SEEN].tolist()
+                grams.setdefault(key.split(" ")[1], []).append(shrunk(found[key], vectors, fourth))
         return grams
 
 
@@ -110,9 +121,11 @@ def _file(folder: Path, index: int) -> Path:
 
 def _add_grams(path: Path, found: Mapping[str, SquaredGradients], *, is_first: bool) -> None:
     """Write those of a block, plus those of the parts of the text before."""
-    sums = {
-        f"{number:05d} {name}": gram.value for name, each in found.items() for number, gram in enumerate(each.grams)
-    }
+    sums = {}
+    for name, each in found.items():
+        for number, gram in enumerate(each.grams):
+            sums[f"{number:05d} {name}"] = gram.value
+            sums[f"{number:05d} {name}{_SEEN}"] = torch.tensor([gram.tokens, gram.fourth], dtype=torch.float64)
     if sums and not is_first:
         before = load_file(path)
         sums = {key: gram + before[key] for key, gram in sums.items()}

@@ -28,6 +28,18 @@ GRADIENT_WINDOWS, PROBE_LENGTH = 16, 256
 """Text that gradients are taken on, the start of the first calibration windows: some three forward passes over it."""
 
 
+class GradientGram(Gram):
+    """A Gram matrix of gradients. `fourth`: the sum of the fourth powers of their lengths."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.fourth = 0.0
+
+    def update(self, inputs: Tensor) -> None:
+        super().update(inputs)
+        self.fourth += float(inputs.float().square().sum(1).square().sum())
+
+
 @dataclass(frozen=True)
 class SquaredGradients:
     """Squares of the gradients that reach the outputs of one linear.
@@ -41,7 +53,7 @@ class SquaredGradients:
     outputs: Tensor
     tokens: Tensor
     leader: str
-    grams: tuple[Gram, ...] = ()
+    grams: tuple[GradientGram, ...] = ()
 
 
 def block_inputs(
@@ -110,8 +122,8 @@ def by_block(
     progress("gradients", 2 * blocks, 2 * blocks, "")
 
 
-def _grams(outputs: int) -> tuple[Gram, ...]:
-    return tuple(Gram(stop - start) for start, stop in pairwise(output_bounds(outputs)))
+def _grams(outputs: int) -> tuple[GradientGram, ...]:
+    return tuple(GradientGram(stop - start) for start, stop in pairwise(output_bounds(outputs)))
 
 
 def weighted_grams(
@@ -167,7 +179,9 @@ class _Squares:
     grams  to be fed, of some of them
     """
 
-    def __init__(self, block: nn.Module, rows: Mapping[str, int], grams: Mapping[str, tuple[Gram, ...]]) -> None:
+    def __init__(
+        self, block: nn.Module, rows: Mapping[str, int], grams: Mapping[str, tuple[GradientGram, ...]]
+    ) -> None:
         self._rows, self._grams = rows, grams
         self._linears = {name: find(block, name) for name in rows}
         self._outputs = {name: torch.zeros(count, dtype=torch.float64) for name, count in rows.items()}
