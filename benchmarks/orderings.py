@@ -65,6 +65,7 @@ ORDERINGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("OWQ below GPTQ of as many bits", "owq, 3 bits", "gptq, 3 bits, groups of 32"),
     ("SpQR below GPTQ of as many bits", "spqr, 3 bits", "gptq, 3 bits, groups of 16"),
+    *((f"two-sided below GPTQ, {bits} bits", f"gptq, {bits} bits, two-sided", f"gptq, {bits} bits") for bits in (3, 2)),
     *((f"AutoRound below GPTQ, {bits} bits", f"autoround, {bits} bits", f"gptq, {bits} bits") for bits in (3, 2)),
     ("float zero points not worse", "gptq, 3 bits, float zero", "gptq, 3 bits, integer zero"),
     ("searched float zero points below HQQ", "rtn, 3 bits, float zero", "hqq, 3 bits"),
