@@ -34,18 +34,12 @@ HERE, OUTPUT = Path(__file__).parent, "OUTPUT"
 AWQ_WINDOWS = 8
 """Of 64: for every scale its search runs parts of a block twenty times over all text, two hours of a core for 64."""
 
-LONGER = 4
-"""Times the steps of training of a `best` recipe, in a row of its own: about what AutoRound takes for its default."""
-
 
 def ours(bits: int) -> dict[str, dict[str, Any]]:
     """Name -> recipe of each that is compared, but for its calibration text."""
     grid = {"bits": bits, "group_size": 64, "scale_rule": "signed-max"}
     best = load_recipe(f"best-{bits}bit").as_dict()
-    text = {key: best["calibration"][key] for key in ("token_weights", "written")}
-    rest = {"calibration": text, "allocate": best["allocate"]}
-    *before, training = best["steps"]
-    longer = [*before, training | {"iterations": LONGER * training["iterations"]}]
+    best_text = {key: best["calibration"][key] for key in ("token_weights", "written")}
     return {
         "rtn": {"steps": [{"method": "rtn", **grid}]},
         "gptq": {"steps": [{"method": "gptq", **grid, "scale_search": "diagonal"}]},
@@ -53,8 +47,7 @@ def ours(bits: int) -> dict[str, dict[str, Any]]:
             "steps": [{"method": "gptq", **grid, "scale_search": "diagonal"}],
             "calibration": {"token_weights": "gradient"},
         },
-        f"best-{bits}bit": {"steps": best["steps"], **rest},
-        f"best-{bits}bit, {LONGER} times the steps": {"steps": longer, **rest},
+        f"best-{bits}bit": {"steps": best["steps"], "calibration": best_text, "allocate": best["allocate"]},
     }
 
 
