@@ -204,7 +204,7 @@ def test_gradients_reach_the_right_factor_through_the_left_one() -> None:
     for grams in ([whole], [whole[:2, :2], whole[2:, 2:]], []):
         factors.apply(method, LinearInput(left @ right, {}, output_grams=grams), before)
     reaching = gradients @ left
-    torch.testing.assert_close(seen[0], [reaching.T @ reaching], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seen[0], [reaching.T @ reaching])
     apart = [gradients[:, :2] @ left[:2], gradients[:, 2:] @ left[2:]]
-    torch.testing.assert_close(seen[2], [sum(each.T @ each for each in apart)], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seen[2], [sum(each.T @ each for each in apart)])
     assert seen[1] == [whole] and seen[4] == seen[5] == []

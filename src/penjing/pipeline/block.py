@@ -100,6 +100,7 @@ class BlockCompressor:
         return wanted
 
     def _wanted(self, name: str) -> list[StatisticType]:
+        """Statistics that a module's steps ask for."""
         kinds = dict.fromkeys(kind for step in self.steps_of(name) for kind in step.definition.needs(step.options))
         if name not in self._residual.writers:
             kinds.pop(StreamGap, None)
