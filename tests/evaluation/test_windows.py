@@ -140,6 +140,9 @@ def test_a_directory_without_a_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CalibrationError, match="no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
+    with pytest.raises(CalibrationError, match=r"^the model: [^\n]*beside config.json[^\n]*$") as told:
+        load_tokenizer([("config.json", b"{}")])
+    assert "penjing-tokenizer" not in str(told.value)
 
 
 def test_fast_tokenizer_from_files(tmp_path):

@@ -109,14 +109,21 @@ def load_tokenizer(source: str | Path | Iterable[tuple[str, bytes]]) -> Any:
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            return load_tokenizer(folder)
+            return _tokenizer_in(folder, "the model")
+    return _tokenizer_in(str(source), str(source))
+
+
+def _tokenizer_in(folder: str, owner: str) -> Any:
+    """`owner` is whose tokenizer it is, for the error: the folder may be gone when it is read."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        said = " ".join(str(error).replace(folder, owner).split())
         raise CalibrationError(
-            f"{source}: no tokenizer that transformers can load ({error}). Put the model's tokenizer files there"
+            f"{owner}: no tokenizer that transformers can load; put its tokenizer files, such as tokenizer.json, "
+            f"beside config.json (transformers: {said})"
         ) from error
 
 
